@@ -1,0 +1,73 @@
+"""What one machine keeps of one repository beside the store: the cache and the rollback memory.
+
+Everything here can be lost: the cache costs time; without the rollback memory this machine no
+longer knows which manifest it saw last, and an older one that a store offers is believed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cloudfs.core.errors import RolledBack
+from cloudfs.db.cache import BlobCache
+
+DEFAULT_CACHE_BYTES = 2 << 30
+
+
+class LocalState:
+    """The local side of one repository; opened lazily, so that commands pay for what they use."""
+
+    def __init__(
+        self, cache_dir: Path, state_dir: Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES
+    ) -> None:
+        self.cache_dir = cache_dir
+        self.state_dir = state_dir
+        self.cache_bytes = cache_bytes
+        self._caches: dict[str, BlobCache] = {}
+
+    def cache(self, repository_id: str) -> BlobCache:
+        """The cache of a repository."""
+        if repository_id not in self._caches:
+            self._caches[repository_id] = BlobCache(
+                self.cache_dir / repository_id, self.cache_bytes
+            )
+        return self._caches[repository_id]
+
+    def policy_dir(self, repository_id: str, policy_id: str) -> Path:
+        """Where the state of syncs of one policy lies (see :mod:`cloudfs.db.state`)."""
+        return self.state_dir / "policies" / f"{repository_id[:16]}-{policy_id[:16]}"
+
+    def _seen_path(self, policy_id: str) -> Path:
+        return self.state_dir / "seen" / policy_id
+
+    def check_seen(self, policy_id: str, number: int, url: str) -> None:
+        """Raise RolledBack when this machine has seen a newer manifest than ``number``."""
+        seen = self.seen(policy_id)
+        if number < seen:
+            raise RolledBack(
+                f"{url} offers an older state of its backups (manifest {number}) than this machine"
+                f" has seen (manifest {seen}): it was rolled back or replayed. If you restored the"
+                f" store to an older state on purpose, delete {self._seen_path(policy_id)}."
+            )
+
+    def seen(self, policy_id: str) -> int:
+        """The number of the newest manifest that this machine has seen; 0 for none."""
+        try:
+            return int(self._seen_path(policy_id).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def remember_seen(self, policy_id: str, number: int) -> None:
+        """Remember the newest manifest. Atomic; not fsynced (an older memory only allows more)."""
+        path = self._seen_path(policy_id)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(str(number))
+        temporary.replace(path)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for cache in self._caches.values():
+            cache.close()
+        self._caches.clear()

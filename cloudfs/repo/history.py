@@ -1,0 +1,194 @@
+"""The history of one policy: its manifest, read and committed, and the snapshots in it.
+
+Committing is one conditional write of the next manifest (see :mod:`cloudfs.core.manifest`). A
+store may lose the answer to a write that it did: after a conflict the manifest that is there is
+read back, and if it is the very one that was to be written, the commit has succeeded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+import msgspec
+
+from cloudfs.core.errors import AlreadyExists, Damaged, Held, NoRepository, StoreError, UsageError
+from cloudfs.core.manifest import EMPTY, Manifest, SnapshotRecord
+from cloudfs.core.rows import Row, Table
+from cloudfs.format import names
+from cloudfs.format.envelope import SALT_SIZE, Kind, open_object, seal_object
+from cloudfs.repo.blocks import BlockReader
+from cloudfs.repo.repository import PolicyRecord, Repository
+from cloudfs.repo.tables import TableReader
+from cloudfs.repo.view import SnapshotView, all_versions
+
+KEEP_MANIFESTS = 16
+"""Older manifests than this many before the newest are deleted, KEEP_MANIFESTS at a time."""
+
+HEAD_LIMIT = 2 * KEEP_MANIFESTS + 8
+
+
+class History:
+    """One policy's manifest and what can be read through it."""
+
+    def __init__(
+        self, repository: Repository, policy: PolicyRecord, *, manifest: Manifest | None = None
+    ) -> None:
+        """Reads the newest manifest: two requests, none where ``manifest`` is given."""
+        self.repository = repository
+        self.policy = policy
+        self.url = repository.url
+        cache = repository.local.cache(repository.id)
+        near = repository.url.startswith("file:")
+        self.tables = TableReader(repository.store, repository.keyring, cache, policy.id)
+        self.reader = BlockReader(
+            repository.store, repository.keyring, None if near else cache, policy.id
+        )
+        self.leases: list[int] = []
+        self.manifest = EMPTY
+        if manifest is not None:
+            self.manifest = manifest
+        else:
+            self.refresh(first=True)
+
+    @property
+    def snapshots(self) -> list[SnapshotRecord]:
+        """The snapshots in force, oldest first."""
+        return self.manifest.snapshots
+
+    def refresh(self, *, first: bool = False) -> bool:
+        """Take the newest manifest up; True if it is newer than the one at hand.
+
+        One request, and one more when there is something new. Also notes the epochs of the leases
+        that lie beside it. Raises RolledBack when the store offers an older one than was seen.
+        """
+        self.leases, newest = [], 0
+        head = names.head(self.policy.id)
+        for info in self.repository.store.list(head, limit=HEAD_LIMIT):
+            kind, number = names.parse_head(self.policy.id, info.name) or ("", 0)
+            if kind == "lease":
+                self.leases.append(number)
+            elif kind == "manifest":
+                newest = max(newest, number)
+        local = self.repository.local
+        local.check_seen(self.policy.id, newest, self.url)
+        if newest < self.manifest.number:
+            local.check_seen(self.policy.id, self.manifest.number, self.url)
+        if newest <= self.manifest.number:
+            return False
+        self.manifest = self._read(newest)
+        local.remember_seen(self.policy.id, newest)
+        return True
+
+    def _read(self, number: int) -> Manifest:
+        name = names.manifest(self.policy.id, number)
+        data = self.repository.store.get(name)
+        plain = open_object(self.repository.keyring, Kind.MANIFEST, name, data)
+        try:
+            manifest = msgspec.msgpack.decode(plain, type=Manifest)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            raise Damaged(f"{name} is damaged (it holds no manifest).") from None
+        if manifest.number != number:
+            raise Damaged(f"{name} is damaged (it says it is number {manifest.number}).")
+        return manifest
+
+    def commit(self, manifest: Manifest) -> None:
+        """Put the next manifest in force. Durable when it returns; raises Held when raced.
+
+        ``manifest.number`` must be one above the one at hand.
+        """
+        assert manifest.number == self.manifest.number + 1
+        name = names.manifest(self.policy.id, manifest.number)
+        plain = msgspec.msgpack.encode(manifest)
+        salt = self.repository.entropy(SALT_SIZE)
+        sealed = seal_object(self.repository.keyring, Kind.MANIFEST, name, plain, salt)
+        try:
+            self.repository.store.put(name, [sealed], if_absent=self.repository.config.conditional)
+        except AlreadyExists:
+            if self.repository.store.get(name) != sealed:
+                raise Held(
+                    f"another machine synced {self.policy.name} meanwhile and took over."
+                    " Nothing was changed by this sync; run it again."
+                ) from None
+        self.manifest = manifest
+        self.repository.local.remember_seen(self.policy.id, manifest.number)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        """Delete manifests that are long superseded. What fails now is done by a later commit."""
+        number = self.manifest.number - KEEP_MANIFESTS
+        if number > 0 and number % KEEP_MANIFESTS == 0:
+            old = range(number - KEEP_MANIFESTS + 1, number + 1)
+            with contextlib.suppress(StoreError):
+                self.repository.store.delete([names.manifest(self.policy.id, n) for n in old])
+
+    # -- snapshots -------------------------------------------------------------------------
+
+    def view(self, number: int) -> SnapshotView:
+        """One snapshot as a tree."""
+        for record in self.snapshots:
+            if record.number == number:
+                return SnapshotView(self.tables, self.reader, self.manifest.runs, record)
+        raise NoRepository(f"{self.policy.name} has no snapshot {number}; {self._hint()}")
+
+    def _hint(self) -> str:
+        return f"`cloudfs snapshots {self.policy.name}` lists them."
+
+    def find(self, spec: str) -> SnapshotRecord:
+        """The snapshot that is named "latest", "latest~2", by number, or by local time.
+
+        A time means the newest snapshot at or before it; a date, the newest of that day or before.
+        Raises NoRepository when there is none and UsageError for what names none.
+        """
+        if not self.snapshots:
+            raise NoRepository(
+                f"{self.policy.name} has no snapshots yet;"
+                f" `cloudfs sync {self.policy.name}` makes one."
+            )
+        word, _, back = spec.partition("~")
+        if word == "latest" and (back.isdigit() or not back):
+            steps = int(back or 0)
+            if steps >= len(self.snapshots):
+                raise NoRepository(f"{self.policy.name} has no {spec}; {self._hint()}")
+            return self.snapshots[-1 - steps]
+        if spec.isdigit():
+            for record in self.snapshots:
+                if record.number == int(spec):
+                    return record
+            raise NoRepository(f"{self.policy.name} has no snapshot {spec}; {self._hint()}")
+        end_ns = _end_of(spec)
+        for record in reversed(self.snapshots):
+            if record.time_ns < end_ns:
+                return record
+        raise NoRepository(f"{self.policy.name} has no snapshot as old as {spec}; {self._hint()}")
+
+    def rows(self, table: Table, snapshot: int | None = None) -> Iterator[Row]:
+        """A whole table in key order: all versions, or what is in force at a snapshot."""
+        if snapshot is not None:
+            return self.view(snapshot).rows(table)
+        return all_versions(self.tables, self.manifest.runs, table)
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        self.reader.close()
+
+
+def _end_of(spec: str) -> int:
+    """The moment in ns just after the time that ``spec`` names to its own precision."""
+    for pattern, precision in (
+        ("%Y-%m-%d", timedelta(days=1)),
+        ("%Y-%m-%dT%H:%M", timedelta(minutes=1)),
+        ("%Y-%m-%d %H:%M", timedelta(minutes=1)),
+        ("%Y-%m-%dT%H:%M:%S", timedelta(seconds=1)),
+        ("%Y-%m-%d %H:%M:%S", timedelta(seconds=1)),
+    ):
+        try:
+            moment = datetime.strptime(spec, pattern) + precision
+        except ValueError:
+            continue
+        return int(moment.timestamp()) * 1_000_000_000
+    raise UsageError(
+        f"{spec!r} names no snapshot: use latest, latest~2, a number, 2026-11-23 or"
+        " 2026-11-23T10:12:03."
+    )

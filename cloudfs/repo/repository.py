@@ -1,0 +1,228 @@
+"""Opening a repository: its configuration, its keys, the policies it holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
+
+from cloudfs.core.errors import AlreadyExists, Damaged, NoRepository, NotFound, UsageError
+from cloudfs.db.local import LocalState
+from cloudfs.format import names
+from cloudfs.format.envelope import (
+    FORMAT_VERSION,
+    ID_SIZE,
+    KEY_SIZE,
+    SALT_SIZE,
+    Keyring,
+    Kind,
+    open_object,
+    seal_object,
+)
+from cloudfs.repo import keys as wrapping
+from cloudfs.repo.keys import KeyInfo, RepositoryConfig, Secret
+from cloudfs.store.base import Store
+
+Entropy = Callable[[int], bytes]
+Clock = Callable[[], int]
+
+
+class PolicyRecord(msgspec.Struct, frozen=True):
+    """A policy as the repository keeps it: opaque id, name, and the text of its file."""
+
+    id: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What another process of this machine needs to open the same repository without the secret.
+
+    Handed over by pipe only; its repr shows no key.
+    """
+
+    master: bytes
+    config: RepositoryConfig
+
+    def __repr__(self) -> str:
+        return f"Opening({self.config.id})"
+
+
+class Repository:
+    """An open repository. Methods block; safe to share between threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: RepositoryConfig,
+        master: bytes,
+        local: LocalState,
+        *,
+        entropy: Entropy = os.urandom,
+        clock_ns: Clock = time.time_ns,
+    ) -> None:
+        self.store = store
+        self.config = config
+        self.local = local
+        self.entropy = entropy
+        self.clock_ns = clock_ns
+        self._master = master
+
+    @property
+    def id(self) -> str:
+        """The repository's id, 32 hexadecimal digits."""
+        return self.config.id
+
+    @property
+    def url(self) -> str:
+        """Where it lies, for messages."""
+        return self.store.url
+
+    @cached_property
+    def keyring(self) -> Keyring:
+        """The keys derived from the master key."""
+        return Keyring(self._master, bytes.fromhex(self.config.id))
+
+    @property
+    def opening(self) -> Opening:
+        """What another process needs to open it too."""
+        return Opening(self._master, self.config)
+
+    @classmethod
+    def create(
+        cls,
+        store: Store,
+        secret: Secret,
+        local: LocalState,
+        *,
+        label: str,
+        conditional: bool = True,
+        entropy: Entropy = os.urandom,
+        clock_ns: Clock = time.time_ns,
+    ) -> Repository:
+        """Write a new repository's configuration. Raises UsageError where there is one already.
+
+        ``conditional`` says whether the store was found to honour conditional writes.
+        """
+        master, repository_id = entropy(KEY_SIZE), entropy(ID_SIZE).hex()
+        key = wrapping.wrap(
+            master, repository_id, secret, label, clock_ns(), entropy(wrapping.KDF_SALT_SIZE)
+        )
+        config = RepositoryConfig(FORMAT_VERSION, repository_id, [key], conditional=conditional)
+        try:
+            store.put(names.CONFIG, [_format_config(config)], if_absent=True)
+        except AlreadyExists:
+            raise UsageError(f"There is a repository at {store.url} already.") from None
+        return cls(store, config, master, local, entropy=entropy, clock_ns=clock_ns)
+
+    @staticmethod
+    def read_config(store: Store) -> RepositoryConfig:
+        """The configuration, without a secret. Raises NoRepository or Damaged."""
+        try:
+            data = store.get(names.CONFIG)
+        except NotFound:
+            hint = (
+                "Is the drive mounted?" if store.url.startswith("file:") else "Is it spelt right?"
+            )
+            raise NoRepository(f"no repository at {store.url}. {hint}") from None
+        return wrapping.parse_config(data, store.url)
+
+    @classmethod
+    def open(
+        cls,
+        store: Store,
+        secret: Secret,
+        local: LocalState,
+        *,
+        entropy: Entropy = os.urandom,
+        clock_ns: Clock = time.time_ns,
+    ) -> Repository:
+        """Open with a secret. Raises NoRepository, WrongKey, Damaged. One request."""
+        config = cls.read_config(store)
+        master, _ = wrapping.unwrap(config, secret, store.url)
+        return cls(store, config, master, local, entropy=entropy, clock_ns=clock_ns)
+
+    @classmethod
+    def reopen(cls, store: Store, opening: Opening, local: LocalState) -> Repository:
+        """Open with what :attr:`opening` gave in another process. No request."""
+        return cls(store, opening.config, opening.master, local)
+
+    # -- keys ------------------------------------------------------------------------------
+
+    def keys(self) -> list[KeyInfo]:
+        """The keys, without what is secret in them."""
+        return [KeyInfo(key.id, key.label, key.kind, key.created_ns) for key in self.config.keys]
+
+    def add_key(self, secret: Secret, label: str) -> KeyInfo:
+        """Wrap the master key under one more secret. Durable when it returns."""
+        key = wrapping.wrap(
+            self._master,
+            self.id,
+            secret,
+            label,
+            self.clock_ns(),
+            self.entropy(wrapping.KDF_SALT_SIZE),
+        )
+        self._write_config([*self._fresh_config().keys, key])
+        return KeyInfo(key.id, key.label, key.kind, key.created_ns)
+
+    def remove_key(self, key_id: str) -> None:
+        """Remove one key, never the last one."""
+        config = self._fresh_config()
+        left = [key for key in config.keys if key.id != key_id]
+        if len(left) == len(config.keys):
+            raise UsageError(f"{self.url} has no key {key_id}; `cloudfs key list` shows them.")
+        if not left:
+            raise UsageError(f"{key_id} is the only key of {self.url}: add another one first.")
+        self._write_config(left)
+
+    def change_key(self, old: Secret, new: Secret) -> KeyInfo:
+        """Replace the key that ``old`` opens by one that ``new`` opens."""
+        config = self._fresh_config()
+        _, key = wrapping.unwrap(config, old, self.url)
+        added = self.add_key(new, key.label)
+        self.remove_key(key.id)
+        return added
+
+    def _fresh_config(self) -> RepositoryConfig:
+        self.config = self.read_config(self.store)
+        return self.config
+
+    def _write_config(self, wrapped: list[wrapping.WrappedKey]) -> None:
+        config = msgspec.structs.replace(self.config, keys=wrapped)
+        self.store.put(names.CONFIG, [_format_config(config)])
+        self.config = config
+
+    # -- policies --------------------------------------------------------------------------
+
+    def policies(self) -> list[PolicyRecord]:
+        """The policies that the repository holds, by name. One request, and one for each."""
+        found = [self.policy(info.name) for info in self.store.list(names.POLICIES)]
+        return sorted(found, key=lambda record: (record.name, record.id))
+
+    def policy(self, object_name: str) -> PolicyRecord:
+        """One policy by the name of its object."""
+        data = self.store.get(object_name)
+        plain = open_object(self.keyring, Kind.POLICY, object_name, data)
+        try:
+            return msgspec.msgpack.decode(plain, type=PolicyRecord)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            raise Damaged(f"{object_name} is damaged (it holds no policy).") from None
+
+    def save_policy(self, name: str, text: str, policy_id: str | None = None) -> PolicyRecord:
+        """Keep a policy's text, under a fresh id unless one is given. Durable when it returns."""
+        record = PolicyRecord(policy_id or self.entropy(ID_SIZE).hex(), name, text)
+        object_name = names.policy(record.id)
+        plain = msgspec.msgpack.encode(record)
+        sealed = seal_object(self.keyring, Kind.POLICY, object_name, plain, self.entropy(SALT_SIZE))
+        self.store.put(object_name, [sealed])
+        return record
+
+
+def _format_config(config: RepositoryConfig) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
