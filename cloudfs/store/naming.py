@@ -1,0 +1,22 @@
+"""Which names an object may have: one rule for all stores, so that any store can follow another.
+
+Parts are divided by ``/``. No part is empty or begins with a dot (which rules out ``..``, and
+leaves a local store free to keep things of its own), and all characters are printable ASCII
+without those that some stores or shells treat specially. No name may lie below another
+(``a`` and ``a/b``): a directory cannot hold both.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cloudfs.core.errors import StoreError
+
+_NAME = re.compile(r"[A-Za-z0-9_=+,@-][A-Za-z0-9_=+,@.-]*(/[A-Za-z0-9_=+,@-][A-Za-z0-9_=+,@.-]*)*")
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can name an object, else raise StoreError."""
+    if len(name) > 900 or _NAME.fullmatch(name) is None:
+        raise StoreError(f"{name!r} cannot be the name of an object in a store.")
+    return name
