@@ -25,7 +25,7 @@ from itertools import islice
 
 from cloudfs.core.errors import AlreadyExists, Denied, Full, NotFound, StoreError, Unavailable
 from cloudfs.store.base import Buffer, ObjectInfo
-from cloudfs.store.naming import check_name
+from cloudfs.store.naming import check_name, is_name
 
 TEMP = ".tmp"
 STALE_NS = 24 * 3600 * 10**9
@@ -179,7 +179,7 @@ class LocalStore:
             if part.endswith("/"):
                 if name.startswith(prefix) or prefix.startswith(name):
                     yield from self._walk(name, prefix)
-            elif name.startswith(prefix):
+            elif name.startswith(prefix) and is_name(name):
                 try:
                     size = entry.stat().st_size
                 except FileNotFoundError:

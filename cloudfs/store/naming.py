@@ -15,8 +15,13 @@ from cloudfs.core.errors import StoreError
 _NAME = re.compile(r"[A-Za-z0-9_=+,@-][A-Za-z0-9_=+,@.-]*(/[A-Za-z0-9_=+,@-][A-Za-z0-9_=+,@.-]*)*")
 
 
+def is_name(name: str) -> bool:
+    """Can this name an object? What cannot, and yet lies in a store, is not ours: skip it."""
+    return len(name) <= 900 and _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """Return ``name`` if it can name an object, else raise StoreError."""
-    if len(name) > 900 or _NAME.fullmatch(name) is None:
+    if not is_name(name):
         raise StoreError(f"{name!r} cannot be the name of an object in a store.")
     return name
