@@ -1,1 +1,1 @@
-"""Pure values and decisions: no I/O, no clock, no randomness. Nothing here imports another floor."""
+"""Pure values and decisions: no I/O, no clock, no randomness. Imports no other floor."""

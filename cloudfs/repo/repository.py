@@ -25,7 +25,7 @@ from cloudfs.format.envelope import (
 )
 from cloudfs.repo import keys as wrapping
 from cloudfs.repo.keys import KeyInfo, RepositoryConfig, Secret
-from cloudfs.store.base import Store
+from cloudfs.store.open import OpenedStore
 
 Entropy = Callable[[int], bytes]
 Clock = Callable[[], int]
@@ -58,7 +58,7 @@ class Repository:
 
     def __init__(
         self,
-        store: Store,
+        store: OpenedStore,
         config: RepositoryConfig,
         master: bytes,
         local: LocalState,
@@ -96,7 +96,7 @@ class Repository:
     @classmethod
     def create(
         cls,
-        store: Store,
+        store: OpenedStore,
         secret: Secret,
         local: LocalState,
         *,
@@ -121,7 +121,7 @@ class Repository:
         return cls(store, config, master, local, entropy=entropy, clock_ns=clock_ns)
 
     @staticmethod
-    def read_config(store: Store) -> RepositoryConfig:
+    def read_config(store: OpenedStore) -> RepositoryConfig:
         """The configuration, without a secret. Raises NoRepository or Damaged."""
         try:
             data = store.get(names.CONFIG)
@@ -135,7 +135,7 @@ class Repository:
     @classmethod
     def open(
         cls,
-        store: Store,
+        store: OpenedStore,
         secret: Secret,
         local: LocalState,
         *,
@@ -148,7 +148,7 @@ class Repository:
         return cls(store, config, master, local, entropy=entropy, clock_ns=clock_ns)
 
     @classmethod
-    def reopen(cls, store: Store, opening: Opening, local: LocalState) -> Repository:
+    def reopen(cls, store: OpenedStore, opening: Opening, local: LocalState) -> Repository:
         """Open with what :attr:`opening` gave in another process. No request."""
         return cls(store, opening.config, opening.master, local)
 

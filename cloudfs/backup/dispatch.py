@@ -1,0 +1,123 @@
+"""Handing assignments to workers: in this process while there is little to do, else to a pool.
+
+1. The pool is started as soon as the queued work is more than INLINE_WORK, while the walk goes on.
+2. While the walk goes on the total is not known and assignments are FIRST_WORK; afterwards each is
+   a share of what is left, between bounds, so that all workers end at about the same time and
+   still few packs are made.
+3. As many assignments are under way as there are workers, and one more so that none waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+
+import msgspec
+
+from cloudfs.backup.files import SPARE_LINS
+from cloudfs.backup.worker import Assignment, Done, SyncContext, Worker, pack_task, scan_task
+from cloudfs.core.assign import WorkQueue
+from cloudfs.core.errors import CloudfsError
+from cloudfs.repo.pool import WorkerOpening, worker_pool
+from cloudfs.source.scan import ScanOutcome, ScanPart
+
+INLINE_WORK = 32 << 20
+FIRST_WORK = 64 << 20
+MIN_WORK = 48 << 20
+MAX_WORK = 192 << 20
+
+_DIED = "a worker process died (out of memory?). What it stored is used by the next sync."
+
+
+class Dispatcher:
+    """Runs assignments and parts of scans, here or in a pool."""
+
+    def __init__(
+        self,
+        context: SyncContext,
+        worker: Worker,
+        opening: WorkerOpening,
+        workers: int,
+        allot: Callable[[int], int],
+    ) -> None:
+        """``worker`` works in this process; ``allot`` gives the first of so many fresh LINs."""
+        self._context = msgspec.msgpack.encode(context)
+        self._worker = worker
+        self._opening = opening
+        self.workers = workers
+        self._allot = allot
+        self._pool: ProcessPoolExecutor | None = None
+        self._running: set[Future[bytes]] = set()
+
+    def start_pool(self) -> None:
+        """Start the worker processes; returns before they are ready."""
+        if self._pool is None:
+            self._pool = worker_pool(self.workers, self._opening)
+
+    def scan_here(self, part: ScanPart) -> ScanOutcome:
+        """Visit directories of a tree that was never backed up, in this process."""
+        return self._worker.scan(part, trust=False)
+
+    def scan(self, parts: list[ScanPart], *, trust: bool) -> Iterator[ScanOutcome]:
+        """Visit directories, in the pool if there is one; outcomes come in the order of parts."""
+        if self._pool is None:
+            for part in parts:
+                yield self._worker.scan(part, trust=trust)
+            return
+        encode = msgspec.msgpack.encode
+        futures = [
+            self._pool.submit(scan_task, self._context, encode(part), trust) for part in parts
+        ]
+        for future in futures:
+            yield msgspec.msgpack.decode(self._result(future), type=ScanOutcome)
+
+    def feed(self, queue: WorkQueue, *, walking: bool) -> Iterator[Done]:
+        """Start what can be started; yields what is done. Blocks only when not ``walking``."""
+        if self._pool is None and self.workers > 1 and queue.work > INLINE_WORK:
+            self.start_pool()
+        if self._pool is None:
+            # Too little to say yet, or so little that a pool would cost more than it saves.
+            while not walking and queue:
+                yield self._worker.pack(self._assignment(queue, MAX_WORK))
+            return
+        while (
+            queue
+            and len(self._running) <= self.workers
+            and not (walking and queue.work < FIRST_WORK)
+        ):
+            assignment = self._assignment(queue, self._share(queue, walking))
+            encoded = msgspec.msgpack.encode(assignment)
+            self._running.add(self._pool.submit(pack_task, self._context, encoded))
+        yield from self._collect(block=not walking)
+
+    def _collect(self, *, block: bool) -> Iterator[Done]:
+        if self._running:
+            timeout = None if block else 0
+            done, self._running = wait(self._running, timeout, FIRST_COMPLETED)
+            for future in done:
+                yield msgspec.msgpack.decode(self._result(future), type=Done)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._running)
+
+    def _share(self, queue: WorkQueue, walking: bool) -> int:
+        if walking:
+            return FIRST_WORK
+        return max(MIN_WORK, min(MAX_WORK, int(queue.work / (1.5 * self.workers))))
+
+    def _assignment(self, queue: WorkQueue, work: int) -> Assignment:
+        return Assignment(queue.take(work), self._allot(SPARE_LINS))
+
+    @staticmethod
+    def _result(future: Future[bytes]) -> bytes:
+        try:
+            return future.result()
+        except BrokenExecutor:
+            raise CloudfsError(_DIED) from None
+
+    def close(self, *, cancel: bool) -> None:
+        """End the pool; with ``cancel`` without waiting for what has not begun."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=cancel)

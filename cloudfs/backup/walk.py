@@ -1,0 +1,249 @@
+"""Walking the tree: from directories to tasks, by the scan and the difference to the last snapshot.
+
+The first backup hands out tasks while it walks. A later one first walks all that is known, then
+settles what appeared and vanished (see :mod:`cloudfs.core.treediff`), and only then hands out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import xxhash
+
+from cloudfs.backup.rebuild import TOP
+from cloudfs.core.assign import WorkQueue
+from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, decode_listing
+from cloudfs.core.rows import ROOT_LIN, Entry, Meta
+from cloudfs.core.treediff import TreeDiff, Visit
+from cloudfs.db.state import SyncState
+from cloudfs.repo.view import SnapshotView
+from cloudfs.source.inode import StatReader
+from cloudfs.source.roots import Roots
+from cloudfs.source.scan import ScanOutcome, ScanPart
+
+QUOTA = 4096
+"""Entries that one step of a walk visits before it lets others have their turn."""
+
+_RECORDS_AT_ONCE = 256
+
+ScanParts = Callable[[list[ScanPart]], Iterator[ScanOutcome]]
+
+
+class Walk:
+    """One walk of the tree for one sync."""
+
+    def __init__(
+        self,
+        roots: Roots,
+        state: SyncState,
+        view: SnapshotView | None,
+        next_lin: int,
+        queue: WorkQueue,
+        *,
+        trust: bool,
+    ) -> None:
+        """``view`` is the last snapshot, to which ``state`` belongs; None for a first backup.
+
+        Without ``trust`` no directory is passed over because its listing is as before (the
+        policy's filters are others now).
+        """
+        self._roots = roots
+        self._state = state
+        self._view = view
+        self._queue = queue
+        self._trust = trust
+        self._snapshot = view.number + 1 if view is not None else 1
+        self._stat = StatReader()
+        self.first = view is None
+        self.diff = TreeDiff(next_lin, first=self.first)
+        self.counts = Counts()
+        self.counts.add(state.head.counts)
+        self.items_seen = 0
+        self.errors: list[tuple[bytes, str]] = []
+        self.changed: list[int] = []
+        self.made_up: list[Meta | Entry] = []
+        self._staged: list[tuple[int, DirRecord | None]] = []
+        self._waiting: list[Visit] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """The root, as an entry without a name of a directory that nothing names."""
+        listing = self._roots.root_listing()
+        scan = _made_up_scan(TOP, listing, [(0, b"")])
+        record = self._state.record(TOP) if not self.first else None
+        if record is None:
+            task = DirTask(TOP, b"", listing, [(ROOT_LIN, 1)], None, [])
+            self._stage(TOP, _record_of(scan, ROOT_LIN))
+            self.diff.tally.new += 1
+            self._queue_root(task)
+            self.counts.add(scan.counts)
+        elif record.signature != scan.signature:
+            self.diff.take(scan, record)
+        self._waiting = [(ROOT_LIN, b"")]
+
+    def _queue_root(self, task: DirTask) -> None:
+        if self._roots.many:
+            self.made_up.append(Meta(ROOT_LIN, self._snapshot, 3, 0o755, nlink=2))
+        else:
+            self._queue.add(task, 1, 0)
+
+    # -- the first backup ----------------------------------------------------------------------
+
+    def step_first(self, scan: Callable[[ScanPart], ScanOutcome]) -> bool:
+        """Walk on for a while and queue tasks; False when there is nothing more to walk."""
+        if self._roots.many and self._waiting == [(ROOT_LIN, b"")]:
+            self._take_first(self._top_scan())
+            self._waiting.pop(0)
+        seen = 0
+        index = 0
+        while index < len(self._waiting) and seen < QUOTA:
+            lin, path = self._waiting[index]
+            index += 1
+            outcome = scan(ScanPart([(lin, path)], 1))
+            for found in outcome.changed:
+                self._take_first(found)
+                seen += found.counts.items + 1
+            for error_lin, error_path, words in outcome.errors:
+                self.errors.append((error_path, words))
+                self._stage(error_lin, DirRecord(b"", b"\x90", [], [], Counts()))
+        del self._waiting[:index]
+        if not self._waiting:
+            self._flush()
+        return bool(self._waiting)
+
+    def _top_scan(self) -> DirScan:
+        listing = self._roots.top_listing()
+        stats = decode_listing(listing)
+        return _made_up_scan(ROOT_LIN, listing, [(i, s.name) for i, s in enumerate(stats)])
+
+    def _take_first(self, scan: DirScan) -> None:
+        task, record, visits = self.diff.take_new(scan)
+        self.items_seen += scan.counts.items
+        self.counts.add(scan.counts)
+        self._stage(scan.lin, record)
+        if scan.counts.items:
+            self._queue.add(task, scan.counts.items, scan.counts.bytes)
+        self._waiting.extend(visits)
+
+    # -- later ones ----------------------------------------------------------------------------
+
+    def run(self, scan_parts: ScanParts, pieces: int, quota: int) -> None:
+        """Walk all of it, settle what moved, and queue what is to be done."""
+        visits = self._waiting
+        if self._roots.many:
+            visits = self._visit_top()
+        while visits:
+            visits = self._visit(visits, scan_parts, pieces, quota)
+            if not visits:
+                visits = self.diff.settle(self._state.record, self._same_directory)
+        self._finish()
+
+    def _visit_top(self) -> list[Visit]:
+        scan, record = self._top_scan(), self._state.record(ROOT_LIN)
+        if record is not None and record.signature == scan.signature and self._trust:
+            self.items_seen += record.counts.items
+            return [(lin, name) for name, lin in record.subdirs]
+        return self.diff.take(scan, record) or self.diff.settle(
+            self._state.record, self._same_directory
+        )
+
+    def _visit(
+        self, visits: list[Visit], scan_parts: ScanParts, pieces: int, quota: int
+    ) -> list[Visit]:
+        """One round: visit these and what is known below them; returns what to visit next."""
+        size = -(-len(visits) // pieces)
+        parts = [
+            ScanPart(visits[start : start + size], quota) for start in range(0, len(visits), size)
+        ]
+        following: list[Visit] = []
+        for outcome in scan_parts(parts):
+            self.items_seen += outcome.unchanged.items
+            following.extend(outcome.left)
+            for lin, path, words in outcome.errors:
+                self.errors.append((path, words))
+                self._unread(lin)
+            for scan in outcome.changed:
+                record = self._state.record(scan.lin)
+                self.items_seen += scan.counts.items
+                following.extend(self.diff.take(scan, record))
+        return following
+
+    def _unread(self, lin: int) -> None:
+        """A directory that could not be read: what was known of it stays, a new one is empty."""
+        if self._state.record(lin) is None:
+            self._stage(lin, DirRecord(b"", b"\x90", [], [], Counts()))
+            self.changed.append(lin)
+
+    def _same_directory(self, lin: int, path: bytes) -> bool:
+        """Whether a directory was born when the one on record was; inodes are used again."""
+        meta = self._view.meta(lin) if self._view is not None else None
+        if meta is None:
+            return False
+        try:
+            fd = self._roots.open(path)
+        except OSError:
+            return False
+        try:
+            born_ns = self._stat.of(fd).btime_ns
+        finally:
+            os.close(fd)
+        return meta.btime_ns == born_ns
+
+    def _finish(self) -> None:
+        for task, lin, record in self.diff.finish():
+            old = self._state.record(lin)
+            if old is not None:
+                self.counts.add(old.counts, -1)
+            self.counts.add(record.counts)
+            self.changed.append(lin)
+            self._stage(lin, record)
+            if task is not None and lin == TOP:
+                task.names = []
+                self._queue_root(task)
+            elif task is not None:
+                self._queue_changed(task, record)
+        self._flush()
+
+    def _queue_changed(self, task: DirTask, record: DirRecord) -> None:
+        items = len(task.items or ())
+        size = record.counts.bytes if items else 0
+        self._queue.add(task, max(items, len(task.names or ())), size)
+
+    def bury(self, snapshot: int) -> tuple[list[Meta], list[Entry]]:
+        """The tombstones of what is gone; its directories' records go too."""
+        metas, entries, dead = self.diff.tombstones(snapshot)
+        for lin in dead:
+            old = self._state.record(lin)
+            if old is not None:
+                self.counts.add(old.counts, -1)
+            self._stage(lin, None)
+            self.changed.append(lin)
+        self._flush()
+        return metas, entries
+
+    # -- records -------------------------------------------------------------------------------
+
+    def _stage(self, lin: int, record: DirRecord | None) -> None:
+        self._staged.append((lin, record))
+        if len(self._staged) >= _RECORDS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._staged:
+            self._state.put_records(self._snapshot, self._staged)
+            self._staged = []
+
+
+def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes]]) -> DirScan:
+    counts = Counts()
+    for stat in decode_listing(listing):
+        counts.count(stat)
+    signature = xxhash.xxh3_128_digest(listing)
+    return DirScan(lin, b"", 0, signature, listing, subdirs, [], [], counts)
+
+
+def _record_of(scan: DirScan, first_lin: int) -> DirRecord:
+    subdirs = [(name, first_lin + index) for index, name in scan.subdirs]
+    runs = [(first_lin, scan.counts.items)]
+    return DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts)

@@ -1,0 +1,353 @@
+"""What changed between the last snapshot's directory records and the tree as it was just listed.
+
+The walk hands in every directory whose listing differs; this module decides which item is which.
+
+1. An entry of the same name, inode and type as before is the same item; it is *changed* when
+   anything lstat says of it differs.
+2. Any other entry has *appeared*, and what stood in the record and is not in the listing has
+   *vanished*. Neither is judged until the walk is over, because a thing that moved may appear
+   before it vanishes.
+3. An appeared directory that has the inode and birth time of a vanished one has moved: it keeps
+   its LIN and its record, and is visited like any known directory, which may bring more to light.
+4. What vanished directories held has vanished with them (they are expanded from their records, as
+   far as anything can still have moved out of them).
+5. Appeared directories that match nothing are new, and visited; all in them has appeared.
+6. When nothing is left to visit, appeared files are matched: a further name of a file seen in this
+   walk (same device and inode, several links) is a hard link; one with the inode, type, size and
+   mtime of a vanished one has moved. The rest is new and gets LINs in the order of (parent, name),
+   so that a directory's children lie side by side.
+7. What vanished and was not matched is deleted, unless another name of it was seen alive: a change
+   of links changes ctime, so all other names of a file that lost one stand in changed listings.
+8. A new file that took the name of another is compared with the blocks of that one: a file that
+   was replaced by an almost equal one uploads only what differs.
+
+The first backup has no records: LINs are given at once and listings go through undecoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cloudfs.core.changes import (
+    DirRecord,
+    DirScan,
+    DirTask,
+    LinRuns,
+    Stat,
+    collapse,
+    decode_listing,
+    expand,
+)
+from cloudfs.core.rows import Entry, ItemType, Meta
+
+Visit = tuple[int, bytes]
+"""A directory to visit: its LIN and its path below the source."""
+
+Lookup = Callable[[int], DirRecord | None]
+SameDirectory = Callable[[int, bytes], bool]
+
+
+@dataclass(slots=True)
+class _Changed:
+    """One directory whose listing differs, as far as it is judged."""
+
+    scan: DirScan
+    lins: list[int]  # 0 where not known yet
+    items: list[int] = field(default_factory=list)
+    names: list[int] = field(default_factory=list)
+    bases: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Appeared:
+    directory: _Changed
+    index: int
+    stat: Stat
+
+
+@dataclass(slots=True)
+class _Vanished:
+    parent: int
+    lin: int
+    stat: Stat
+    replaced: bool  # another item has the name now
+    expanded: bool = False
+    from_dead: bool = False  # it went with the directory it was in
+
+
+@dataclass
+class Tally:
+    """How many items were found new, changed, moved and deleted."""
+
+    new: int = 0
+    changed: int = 0
+    moved: int = 0
+    deleted: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.new + self.changed + self.moved + self.deleted
+
+
+class TreeDiff:
+    """Takes directories as they are listed; gives tasks, records and tombstones."""
+
+    def __init__(self, next_lin: int, *, first: bool) -> None:
+        self.next_lin = next_lin
+        self.first = first
+        self.tally = Tally()
+        self._changed: dict[int, _Changed] = {}
+        self._appeared_dirs: list[_Appeared] = []
+        self._appeared_files: list[_Appeared] = []
+        self._vanished: dict[int, list[_Vanished]] = {}
+        self._vanished_dirs: list[_Vanished] = []
+        self._links: dict[tuple[int, int], int] = {}
+        self._alive: set[int] = set()
+        self._moved_dirs: set[int] = set()
+
+    def allot(self, count: int) -> int:
+        """Take ``count`` LINs; returns the first."""
+        first = self.next_lin
+        self.next_lin += count
+        return first
+
+    # -- the first backup ----------------------------------------------------------------------
+
+    def take_new(self, scan: DirScan) -> tuple[DirTask, DirRecord, list[Visit]]:
+        """A directory of a tree that was never backed up: task, record, directories to visit."""
+        count = scan.counts.items
+        first = self.allot(count)
+        runs: LinRuns = [(first, count)] if count else []
+        items: list[int] | None = None
+        subdirs = [(name, first + index) for index, name in scan.subdirs]
+        if scan.links:
+            stats = decode_listing(scan.listing)
+            lins = list(range(first, first + count))
+            again = set()
+            for index in scan.links:
+                known = self._links.setdefault((scan.dev, stats[index].ino), lins[index])
+                if known != lins[index]:
+                    lins[index] = known
+                    again.add(index)
+            if again:
+                runs = collapse(lins)
+                items = [index for index in range(count) if index not in again]
+        self.tally.new += count
+        task = DirTask(scan.lin, scan.path, scan.listing, runs, items)
+        record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
+        return task, record, [(lin, _join(scan.path, name)) for name, lin in subdirs]
+
+    # -- later ones ----------------------------------------------------------------------------
+
+    def take(self, scan: DirScan, record: DirRecord | None) -> list[Visit]:
+        """A directory that is new (no record) or differs; returns known ones to visit below it."""
+        stats = decode_listing(scan.listing)
+        changed = _Changed(scan, [0] * len(stats))
+        self._changed[scan.lin] = changed
+        before = _by_name(record) if record is not None else {}
+        doubtful = set(record.doubtful) if record is not None else set()
+        visits: list[Visit] = []
+        for index, stat in enumerate(stats):
+            old = before.pop(stat.name, None)
+            if old is not None and _same_item(old[1], stat):
+                self._take_known(changed, index, stat, old, doubtful)
+                if stat.is_dir:
+                    visits.append((old[2], _join(scan.path, stat.name)))
+                continue
+            if old is not None:
+                self._vanish(_Vanished(scan.lin, old[2], old[1], replaced=True))
+                if stat.is_file and old[1].is_file:
+                    changed.bases[index] = old[2]
+            appeared = _Appeared(changed, index, stat)
+            (self._appeared_dirs if stat.is_dir else self._appeared_files).append(appeared)
+        for _, stat, lin in before.values():
+            self._vanish(_Vanished(scan.lin, lin, stat, replaced=False))
+        return visits
+
+    def _take_known(
+        self,
+        changed: _Changed,
+        index: int,
+        stat: Stat,
+        old: tuple[int, Stat, int],
+        doubtful: set[int],
+    ) -> None:
+        old_index, old_stat, lin = old
+        changed.lins[index] = lin
+        first_name = True
+        if stat.nlink > 1 and not stat.is_dir:
+            self._alive.add(lin)
+            key = (changed.scan.dev, stat.ino)
+            first_name = key not in self._links
+            self._links.setdefault(key, lin)
+        if first_name and (stat != old_stat or old_index in doubtful):
+            changed.items.append(index)
+            if stat.is_file:
+                changed.bases[index] = lin
+            self.tally.changed += stat != old_stat
+
+    def _vanish(self, item: _Vanished) -> None:
+        self._vanished.setdefault(item.stat.ino, []).append(item)
+        if item.stat.is_dir:
+            self._vanished_dirs.append(item)
+
+    # -- after the walk ------------------------------------------------------------------------
+
+    def settle(self, lookup: Lookup, same_directory: SameDirectory) -> list[Visit]:
+        """Judge appeared directories; returns what must be visited, nothing when all is judged.
+
+        ``same_directory`` says whether the directory at a path has the birth time that is on
+        record for a LIN.
+        """
+        while True:
+            visits = self._match_directories(same_directory)
+            if visits:
+                return visits
+            if not self._expand(lookup):
+                break
+        waiting = sorted(self._appeared_dirs, key=_order)
+        self._appeared_dirs.clear()
+        for item in waiting:
+            lin = self.allot(1)
+            self._place(item, lin)
+            self.tally.new += 1
+            visits.append((lin, _join(item.directory.scan.path, item.stat.name)))
+        return visits
+
+    def _match_directories(self, same_directory: SameDirectory) -> list[Visit]:
+        visits: list[Visit] = []
+        waiting, self._appeared_dirs = self._appeared_dirs, []
+        for item in waiting:
+            path = _join(item.directory.scan.path, item.stat.name)
+            for old in self._vanished.get(item.stat.ino, ()):
+                fits = old.stat.is_dir and old.lin not in self._moved_dirs
+                if fits and same_directory(old.lin, path):
+                    self._moved_dirs.add(old.lin)
+                    self._alive.add(old.lin)
+                    self._place(item, old.lin)
+                    self.tally.moved += 1
+                    visits.append((old.lin, path))
+                    break
+            else:
+                self._appeared_dirs.append(item)
+        return visits
+
+    def _expand(self, lookup: Lookup) -> bool:
+        """Let what vanished directories held vanish too; False when there is nothing more."""
+        fresh = [d for d in self._vanished_dirs if not d.expanded and d.lin not in self._moved_dirs]
+        self._vanished_dirs = []
+        for directory in fresh:
+            directory.expanded = True
+            record = lookup(directory.lin)
+            for _, stat, lin in _by_name(record).values() if record is not None else ():
+                self._vanish(_Vanished(directory.lin, lin, stat, replaced=False, from_dead=True))
+        return bool(fresh)
+
+    def _place(self, item: _Appeared, lin: int) -> None:
+        item.directory.lins[item.index] = lin
+        item.directory.items.append(item.index)
+        item.directory.names.append(item.index)
+
+    def finish(self) -> Iterator[tuple[DirTask | None, int, DirRecord]]:
+        """For each differing directory its task (None: nothing to do), LIN and new record."""
+        for item in sorted(self._appeared_files, key=_order):
+            self._judge_file(item)
+        self._appeared_files.clear()
+        for lin in sorted(self._changed):
+            yield self._result(self._changed[lin])
+        self._changed.clear()
+
+    def _judge_file(self, item: _Appeared) -> None:
+        directory, stat = item.directory, item.stat
+        key = (directory.scan.dev, stat.ino)
+        if stat.nlink > 1 and key in self._links:
+            directory.lins[item.index] = self._links[key]
+            directory.names.append(item.index)
+            directory.bases.pop(item.index, None)
+            self.tally.new += 1
+            return
+        lin = 0
+        for old in self._vanished.get(stat.ino, ()):
+            if old.lin not in self._alive and _same_content(old.stat, stat):
+                lin = old.lin
+                break
+        if lin:
+            self.tally.moved += 1
+            directory.bases[item.index] = lin
+        else:
+            self.tally.new += 1
+            lin = self.allot(1)
+        self._alive.add(lin)
+        if stat.nlink > 1:
+            self._links[key] = lin
+        self._place(item, lin)
+
+    @staticmethod
+    def _result(changed: _Changed) -> tuple[DirTask | None, int, DirRecord]:
+        scan, runs = changed.scan, collapse(changed.lins)
+        items, names = sorted(changed.items), sorted(changed.names)
+        bases = {index: lin for index, lin in changed.bases.items() if index in set(items)}
+        subdirs = [(name, changed.lins[index]) for index, name in scan.subdirs]
+        record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
+        if not items and not names:
+            return None, scan.lin, record
+        task = DirTask(scan.lin, scan.path, scan.listing, runs, items, names, bases)
+        return task, scan.lin, record
+
+    def tombstones(self, snapshot: int) -> tuple[list[Meta], list[Entry], list[int]]:
+        """Rows for what is gone, and the LINs of directories that are. Call after finish."""
+        metas: dict[int, Meta] = {}
+        entries: list[Entry] = []
+        dead: list[int] = []
+        for item in (item for items in self._vanished.values() for item in items):
+            if item.from_dead and item.parent in self._moved_dirs:
+                continue  # its directory turned out to have moved; the visit there judged it
+            if not item.replaced and not item.from_dead:
+                entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
+            if item.lin in self._alive or item.lin in metas:
+                continue
+            kind = ItemType.DELETED_FILE
+            if item.stat.is_dir:
+                kind = ItemType.DELETED_DIRECTORY
+                dead.append(item.lin)
+            metas[item.lin] = Meta(item.lin, snapshot, kind)
+            self.tally.deleted += 1
+        return [metas[lin] for lin in sorted(metas)], sorted(entries, key=_entry_order), dead
+
+
+def _by_name(record: DirRecord) -> dict[bytes, tuple[int, Stat, int]]:
+    """(index, stat, LIN) of what a record says was in the snapshot, by name."""
+    absent = set(record.absent)
+    found = zip(decode_listing(record.listing), expand(record.lins), strict=True)
+    return {
+        stat.name: (index, stat, lin)
+        for index, (stat, lin) in enumerate(found)
+        if index not in absent
+    }
+
+
+def _same_item(old: Stat, new: Stat) -> bool:
+    return old.ino == new.ino and (old.mode ^ new.mode) & 0o170000 == 0 and old.mount == new.mount
+
+
+def _same_content(old: Stat, new: Stat) -> bool:
+    return (
+        _same_item(old, new)
+        and not old.is_dir
+        and old.mtime_ns == new.mtime_ns
+        and old.size == new.size
+    )
+
+
+def _order(item: _Appeared) -> tuple[int, bytes]:
+    return item.directory.scan.lin, item.stat.name
+
+
+def _entry_order(entry: Entry) -> tuple[int, bytes]:
+    return entry.parent, entry.name
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path else name

@@ -1,0 +1,193 @@
+"""The local state of one policy's syncs: a record a directory, and what the last sync left.
+
+1. Records are keyed by (LIN, snapshot): those of a sync that is under way lie beside those in
+   force and count only once :meth:`finish` has named their snapshot. A sync that dies leaves
+   garbage that the next one removes.
+2. ``head`` says which manifest and snapshot the records belong to. When the repository is
+   elsewhere (another machine synced, or this state was lost), they are rebuilt from it.
+3. Transactions are not flushed one by one. A stamp says in which boot the environment was last
+   written and whether it was closed; after the death of the machine it is thrown away whole, since
+   it may be torn, and rebuilt from the repository.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import lmdb
+import msgspec
+
+from cloudfs.core.changes import Counts, DirRecord
+from cloudfs.db.cache import boot_id
+
+MAP_BYTES = 1 << 40
+_HEAD = b"head"
+_CLEAN = "clean"
+
+
+class Head(msgspec.Struct, array_like=True):
+    """What the records belong to. ``running`` says a sync began and did not end."""
+
+    manifest: int = 0
+    snapshot: int = 0
+    running: bool = False
+    counts: Counts = msgspec.field(default_factory=Counts)
+    signature: bytes = b""  # of the policy's filters and sources
+    doubtful: int = 0
+
+
+_head_decoder = msgspec.msgpack.Decoder(Head)
+_record_decoder = msgspec.msgpack.Decoder(DirRecord)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class SyncState:
+    """The state of one policy. One process writes; others may read at the same time."""
+
+    def __init__(self, directory: Path, *, writer: bool) -> None:
+        """Open it, empty where there is none. Raises lmdb.Error where the disk does not allow."""
+        self._stamp = directory / "boot"
+        self._writer = writer
+        if writer:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            stamp = self._stamp.read_text() if self._stamp.exists() else ""
+            if stamp not in (_CLEAN, boot_id()):
+                shutil.rmtree(directory / "records", ignore_errors=True)
+            self._stamp.write_text(boot_id())
+        self._env = lmdb.open(
+            str(directory / "records"),
+            map_size=MAP_BYTES,
+            max_dbs=2,
+            sync=False,
+            readonly=not writer,
+            mode=0o600,
+            max_readers=1024,
+            lock=True,
+        )
+        self._dirs = self._env.open_db(b"dirs", create=writer)
+        self._blocks = self._env.open_db(b"adopted", create=writer)
+        self.head = self._read_head()
+
+    def _read_head(self) -> Head:
+        with self._env.begin() as txn:
+            data = txn.get(_HEAD)
+        return _head_decoder.decode(data) if data else Head()
+
+    def save_head(self, head: Head) -> None:
+        """Write the head at once."""
+        with self._env.begin(write=True) as txn:
+            txn.put(_HEAD, _encode(head))
+        self.head = head
+
+    def record(self, lin: int) -> DirRecord | None:
+        """The record of a directory in force at the head's snapshot."""
+        with self._env.begin(db=self._dirs) as txn, txn.cursor() as cursor:
+            found = cursor.set_range(_key(lin, self.head.snapshot + 1))
+            found = cursor.prev() if found else cursor.last()
+            if not found or cursor.key()[:8] != lin.to_bytes(8, "big"):
+                return None
+            value = cursor.value()
+        return _record_decoder.decode(value) if value else None
+
+    def put_records(self, snapshot: int, records: Iterable[tuple[int, DirRecord | None]]) -> None:
+        """Lay down records of the sync that will be ``snapshot``; None for a directory gone."""
+        with self._env.begin(write=True, db=self._dirs) as txn:
+            for lin, record in records:
+                txn.put(_key(lin, snapshot), _encode(record) if record is not None else b"")
+
+    def finish(self, head: Head, changed: Iterable[int]) -> None:
+        """Put the records of ``head.snapshot`` in force and drop those of ``changed`` before it."""
+        with self._env.begin(write=True, db=self._dirs) as txn, txn.cursor() as cursor:
+            for lin in changed:
+                found = cursor.set_range(_key(lin, 0))
+                while found and cursor.key()[:8] == lin.to_bytes(8, "big"):
+                    snapshot = int.from_bytes(cursor.key()[8:], "big")
+                    if snapshot < head.snapshot or not cursor.value():
+                        found = cursor.delete()
+                    else:
+                        found = cursor.next()
+            txn.put(_HEAD, _encode(head), db=self._env.open_db(None, txn=txn))
+        self.head = head
+
+    def amend(self, snapshot: int, lins: Iterable[int]) -> None:
+        """Let the records laid down as ``snapshot`` replace those in force, for no snapshot came
+        of that sync: what it learnt changes nothing that is in the repository."""
+        with self._env.begin(write=True, db=self._dirs) as txn:
+            for lin in lins:
+                value = txn.pop(_key(lin, snapshot))
+                if value is not None:
+                    txn.put(_key(lin, self.head.snapshot), value)
+
+    def staged(self, lin: int, snapshot: int) -> DirRecord | None:
+        """A record that the sync under way laid down."""
+        with self._env.begin(db=self._dirs) as txn:
+            value = txn.get(_key(lin, snapshot))
+        return _record_decoder.decode(value) if value else None
+
+    def drop_unfinished(self) -> None:
+        """Remove what a sync that did not end laid down."""
+        with self._env.begin(write=True, db=self._dirs) as txn, txn.cursor() as cursor:
+            found = cursor.first()
+            while found:
+                if int.from_bytes(cursor.key()[8:], "big") > self.head.snapshot:
+                    found = cursor.delete()
+                else:
+                    found = cursor.next()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._env.begin(write=True) as txn:
+            txn.drop(self._dirs, delete=False)
+            txn.drop(self._blocks, delete=False)
+            txn.delete(_HEAD)
+        self.head = Head()
+
+    def all_records(self) -> Iterator[tuple[int, DirRecord]]:
+        """Every record in force, by LIN."""
+        with self._env.begin(db=self._dirs) as txn, txn.cursor() as cursor:
+            held: tuple[int, bytes] | None = None
+            for key, value in cursor:
+                lin, snapshot = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+                if snapshot > self.head.snapshot:
+                    continue
+                if held and held[0] != lin and held[1]:
+                    yield held[0], _record_decoder.decode(held[1])
+                held = lin, value
+            if held and held[1]:
+                yield held[0], _record_decoder.decode(held[1])
+
+    # -- blocks of syncs that did not end -----------------------------------------------------
+
+    def put_adopted(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keep block rows by the identity of the file that they were read from."""
+        with self._env.begin(write=True, db=self._blocks) as txn:
+            for key, value in rows:
+                txn.put(key, value)
+
+    def adopted(self, key: bytes) -> list[bytes]:
+        """The values whose keys begin with ``key``."""
+        found = []
+        with self._env.begin(db=self._blocks) as txn, txn.cursor() as cursor:
+            more = cursor.set_range(key)
+            while more and cursor.key().startswith(key):
+                found.append(cursor.value())
+                more = cursor.next()
+        return found
+
+    def clear_adopted(self) -> None:
+        """Forget them."""
+        with self._env.begin(write=True) as txn:
+            txn.drop(self._blocks, delete=False)
+
+    def close(self) -> None:
+        """Flush and close; the next boot can then believe what is here."""
+        if self._writer:
+            self._env.sync(True)
+            self._stamp.write_text(_CLEAN)
+        self._env.close()
+
+
+def _key(lin: int, snapshot: int) -> bytes:
+    return lin.to_bytes(8, "big") + snapshot.to_bytes(8, "big")

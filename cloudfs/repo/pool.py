@@ -1,0 +1,85 @@
+"""Worker processes: how they start, what each of them holds, how they end.
+
+Workers are forked, but only from a server process that imported the modules and did nothing else
+(multiprocessing's "forkserver"): no LMDB environment, no key and no thread is ever carried over a
+fork, imports are paid for once, and the pages of the interpreter are shared between workers. Each
+worker then opens the repository for itself from what came over a pipe.
+
+The server ends when the process that started it does, and a worker asks the kernel to be killed
+with the server, so that nothing is left behind when the coordinator is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloudfs.db.local import LocalState
+from cloudfs.repo.repository import Opening, Repository
+from cloudfs.store.open import StoreOptions, open_store
+
+PRELOAD = ["cloudfs.backup.worker", "cloudfs.restore.worker"]
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class WorkerOpening:
+    """All that a worker needs to open the same repository. Goes over a pipe only."""
+
+    url: str
+    options: StoreOptions
+    opening: Opening
+    cache_dir: Path
+    state_dir: Path
+
+
+_repository: Repository | None = None
+
+
+def repository() -> Repository:
+    """The repository as this worker opened it."""
+    assert _repository is not None, "only to be called in a worker"
+    return _repository
+
+
+def open_for_worker(given: WorkerOpening) -> Repository:
+    """Open a repository from what another process handed over."""
+    store = open_store(given.url, given.options)
+    local = LocalState(given.cache_dir, given.state_dir)
+    return Repository.reopen(store, given.opening, local)
+
+
+def _start(given: WorkerOpening) -> None:
+    global _repository  # noqa: PLW0603  # a worker process is made for one repository
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)  # the server died before the line above took effect
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what Ctrl-C means
+    _repository = open_for_worker(given)
+
+
+def worker_pool(workers: int, given: WorkerOpening) -> ProcessPoolExecutor:
+    """A pool of processes that hold the repository open."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # A worker would otherwise import the program's main module, which it has no use for.
+    main = sys.modules["__main__"]
+    kept = main.__dict__.pop("__file__", None)
+    try:
+        pool = ProcessPoolExecutor(workers, context, _start, (given,))
+        for _ in range(workers):
+            pool.submit(_nothing)
+    finally:
+        if kept is not None:
+            main.__dict__["__file__"] = kept
+    return pool
+
+
+def _nothing() -> None:
+    """What starts a worker."""

@@ -1,0 +1,167 @@
+"""Reading what there is to know of one inode: statx, extended attributes, inode flags.
+
+Directories are held by descriptor and items are named relative to them, so a rename of a parent
+confuses nothing and no path is too long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import NamedTuple
+
+_STATX = struct.Struct("<IIQIIIH2xQQQQ" + "qI4x" * 4 + "IIII")
+_STATX_BASIC_AND_BTIME = 0xFFF
+_AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW = 0x100
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_statx = _libc.statx
+_statx.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+)
+
+FS_IOC_GETFLAGS = 0x80086601
+KEPT_FLAGS = (
+    0x0000_00FF  # secure delete, undelete, compress, sync, immutable, append, no dump, no atime
+    | 0x0000_0400  # no compress
+    | 0x0001_C000  # journal data, no tail, directory sync
+    | 0x0002_0000  # top of directory hierarchies
+    | 0x0080_0000  # no copy on write
+    | 0x2200_0000  # direct access, project inheritance
+)
+"""The inode flags that chattr(1) can set; the others only report."""
+
+PATH_STEP = 2048
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Status(NamedTuple):
+    """What statx tells. Times in ns since the epoch (btime 0: not known), sizes in bytes."""
+
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    ino: int
+    size: int
+    allocated: int
+    mtime_ns: int
+    ctime_ns: int
+    btime_ns: int
+    rdev: int
+    dev: int
+
+
+class StatReader:
+    """Calls statx into a buffer of its own; not for several threads."""
+
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(256)
+        self._address = ctypes.addressof(self._buffer)
+
+    def of(self, fd: int, name: bytes = b"") -> Status:
+        """The status of an open file, or of a name in an open directory (no symlink followed)."""
+        flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+        if _statx(fd, name, flags, _STATX_BASIC_AND_BTIME, self._address):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), os.fsdecode(name))
+        (
+            _mask, _blksize, _attributes, nlink, uid, gid, mode, ino, size, blocks, _attr_mask,
+            _atime, _atime_ns, btime, btime_ns, ctime, ctime_ns, mtime, mtime_ns,
+            rdev_major, rdev_minor, dev_major, dev_minor,
+        ) = _STATX.unpack_from(self._buffer)  # fmt: skip
+        return Status(
+            mode,
+            nlink,
+            uid,
+            gid,
+            ino,
+            size,
+            blocks * 512,
+            mtime * 1_000_000_000 + mtime_ns,
+            ctime * 1_000_000_000 + ctime_ns,
+            btime * 1_000_000_000 + btime_ns,
+            os.makedev(rdev_major, rdev_minor) if rdev_major or rdev_minor else 0,
+            os.makedev(dev_major, dev_minor),
+        )
+
+
+def open_directory(root_fd: int, path: bytes) -> int:
+    """Open a directory below an open one; ``path`` may be longer than the kernel takes at once.
+
+    ``path`` has no leading slash; b"" is the root itself. Raises OSError.
+    """
+    fd = root_fd
+    rest = path or b"."
+    try:
+        while len(rest) > PATH_STEP:
+            cut = rest.rindex(b"/", 0, PATH_STEP)
+            deeper = os.open(rest[:cut], DIRECTORY_FLAGS, dir_fd=fd)
+            if fd != root_fd:
+                os.close(fd)
+            fd, rest = deeper, rest[cut + 1 :]
+        return os.open(rest, DIRECTORY_FLAGS, dir_fd=fd)
+    finally:
+        if fd != root_fd:
+            os.close(fd)
+
+
+def read_xattrs(target: int | bytes) -> dict[bytes, bytes] | None:
+    """All extended attributes of an open file or of a path (a symlink's own); None for none."""
+    follow = isinstance(target, int)
+    try:
+        names = os.listxattr(target, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.EPERM, errno.ENOSYS):
+            return None
+        raise
+    found = {}
+    for name in names:
+        try:
+            found[os.fsencode(name)] = os.getxattr(target, name, follow_symlinks=follow)
+        except OSError as error:
+            # Gone since it was listed, or readable by its owner alone (trusted.*, some security.*).
+            if error.errno not in (errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOTSUP):
+                raise
+    return found or None
+
+
+_no_flags: set[int] = set()
+
+
+def read_flags(fd: int, dev: int) -> int:
+    """The inode flags that chattr(1) can set, of an open file or directory."""
+    if dev in _no_flags:
+        return 0
+    try:
+        raw = fcntl.ioctl(fd, FS_IOC_GETFLAGS, b"\0\0\0\0\0\0\0\0")
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            _no_flags.add(dev)  # this file system has none: do not ask for every file
+            return 0
+        raise
+    return int.from_bytes(raw[:4], "little") & KEPT_FLAGS
+
+
+def data_extents(fd: int, size: int) -> list[tuple[int, int]]:
+    """The [start, end) byte ranges of a file that are not holes, as the file system tells."""
+    extents = []
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                break
+            raise
+        offset = os.lseek(fd, start, os.SEEK_HOLE)
+        extents.append((start, min(offset, size)))
+    return extents

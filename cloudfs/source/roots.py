@@ -1,0 +1,108 @@
+"""The roots of a policy: one source, or several below a directory that is made up.
+
+Paths within a backup are relative to its root. With one source the root is that directory; with
+several, the first part of each path is the base name of a source and leads to it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st
+
+from cloudfs.core.changes import Stat, encode_listing
+from cloudfs.core.errors import SourceError, UsageError
+from cloudfs.source.inode import open_directory
+
+
+class Roots:
+    """Opens directories below the sources of a policy."""
+
+    def __init__(self, sources: list[bytes]) -> None:
+        """Raises SourceError where a source is not there, UsageError where two share a name."""
+        self.sources = sources
+        self.many = len(sources) > 1
+        names = [os.path.basename(source.rstrip(b"/")) or b"root" for source in sources]
+        if len(set(names)) != len(names):
+            raise UsageError(
+                "Two sources of this policy have the same base name, by which the backup would show"
+                " them. Make a policy for each of them."
+            )
+        self._by_name: dict[bytes, int] = {}
+        self._single = -1
+        try:
+            for name, source in zip(names, sources, strict=True):
+                self._by_name[name] = _open(source)
+        except BaseException:
+            self.close()
+            raise
+        if not self.many:
+            self._single = self._by_name[names[0]]
+
+    def fd_of(self, path: bytes) -> tuple[int, bytes]:
+        """The descriptor of the source that a path leads into, and the path below that source."""
+        if not self.many:
+            return self._single, path
+        first, _, rest = path.partition(b"/")
+        try:
+            return self._by_name[first], rest
+        except KeyError:
+            raise FileNotFoundError(2, "is no source", os.fsdecode(path)) from None
+
+    def open(self, path: bytes) -> int:
+        """Open a directory of the backed-up tree. Raises OSError."""
+        if self.many and not path:
+            # The made-up root: its entries are opened by their own paths, never through it.
+            return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd, rest = self.fd_of(path)
+        return open_directory(fd, rest)
+
+    def root_listing(self) -> bytes:
+        """The listing of the made-up directory above the root: the root, under no name.
+
+        Its inode is left out: whatever directory stands there, it is the root.
+        """
+        if self.many:
+            return encode_listing([Stat(b"", st.S_IFDIR | 0o755, 0, 1, 0, 0, 0, 0, 0, 0, False)])
+        return encode_listing([_stat(b"", self._single, ino=0)])
+
+    def top_listing(self) -> bytes:
+        """The listing of the made-up root of several sources."""
+        stats = [_stat(name, fd) for name, fd in self._by_name.items()]
+        return encode_listing(sorted(stats, key=lambda stat: stat.name))
+
+    def close(self) -> None:
+        """Close the sources."""
+        for fd in self._by_name.values():
+            os.close(fd)
+        self._by_name.clear()
+
+
+def _open(source: bytes) -> int:
+    shown = os.fsdecode(source)
+    try:
+        return os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise SourceError(
+            f"the source {shown} does not exist. Is its drive mounted? Nothing was backed up."
+        ) from None
+    except NotADirectoryError:
+        raise SourceError(f"the source {shown} is not a directory. Name a directory.") from None
+    except OSError as error:
+        raise SourceError(f"the source {shown} cannot be read: {error.strerror}.") from None
+
+
+def _stat(name: bytes, fd: int, ino: int | None = None) -> Stat:
+    s = os.fstat(fd)
+    return Stat(
+        name,
+        s.st_mode,
+        s.st_ino if ino is None else ino,
+        s.st_nlink,
+        s.st_uid,
+        s.st_gid,
+        s.st_size,
+        s.st_mtime_ns,
+        s.st_ctime_ns,
+        s.st_rdev,
+        False,
+    )

@@ -1,0 +1,251 @@
+"""The scan: reading directories and telling which differ from the last snapshot.
+
+1. A directory is read whole and each entry lstat'ed; the listing is sorted and encoded, and its
+   digest compared with that of the last snapshot's. Equal: nothing in it changed, only its
+   subdirectories are to be visited. Different: it is handed on as it is.
+2. lstat's ctime moves with every change of data or attributes. Only a change within the same tick
+   of the clock could hide: an entry whose ctime is that fresh when it is listed is *doubtful*, and
+   the signature of its directory is not kept, so that the next scan looks at it again.
+3. A directory that cannot be read is reported, and what was known of it stays in force.
+
+Filters leave names out before anything else sees them. The functions keep nothing between calls,
+so any process can run any part of a scan.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import xxhash
+
+from cloudfs.core.changes import Counts, DirRecord, DirScan
+from cloudfs.source.inode import open_directory
+from cloudfs.source.roots import Roots
+
+COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
+FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
+
+CACHE_TAG_NAME = b"CACHEDIR.TAG"
+CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55"
+
+_encode = msgspec.msgpack.Encoder().encode
+
+RawEntry = tuple[bytes, int, int, int, int, int, int, int, int, int, bool]
+"""The fields of :class:`cloudfs.core.changes.Stat` in order."""
+
+Lookup = Callable[[int], DirRecord | None]
+
+
+class Filters(msgspec.Struct, frozen=True):
+    """What of the tree is left out."""
+
+    excludes: tuple[str, ...] = ()
+    exclude_caches: bool = False
+    exclude_if_present: tuple[str, ...] = ()
+    one_file_system: bool = False
+
+    @property
+    def by_name(self) -> bool:
+        """Whether any entry has to be looked at by name."""
+        return bool(self.excludes or self.exclude_if_present or self.exclude_caches)
+
+
+class ScanPart(msgspec.Struct, array_like=True):
+    """Directories to visit: (LIN, or 0 for a new one, and path below the source)."""
+
+    dirs: list[tuple[int, bytes]]
+    quota: int  # entries after which what is left is handed back
+
+
+class ScanOutcome(msgspec.Struct, array_like=True):
+    """What a part of a scan found."""
+
+    unchanged: Counts = msgspec.field(default_factory=Counts)
+    changed: list[DirScan] = msgspec.field(default_factory=list)
+    left: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
+    errors: list[tuple[int, bytes, str]] = msgspec.field(default_factory=list)
+
+
+@dataclass
+class Scanner:
+    """Reads directories below the roots of a policy."""
+
+    roots: Roots
+    filters: Filters
+    clock_ns: Callable[[], int] = time.time_ns
+    _matcher: Matcher | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.filters.excludes:
+            self._matcher = Matcher(self.filters.excludes)
+
+    def run(self, part: ScanPart, lookup: Lookup) -> ScanOutcome:
+        """Visit directories and, where they did not change, those below them."""
+        outcome = ScanOutcome()
+        stack = list(reversed(part.dirs))
+        seen = 0
+        while stack:
+            if seen >= part.quota:
+                outcome.left = stack
+                break
+            lin, path = stack.pop()
+            record = lookup(lin) if lin else None
+            try:
+                found = self.visit(lin, path, record)
+            except OSError as error:
+                outcome.errors.append((lin, path, reason(error)))
+                continue
+            if found is None:
+                assert record is not None
+                outcome.unchanged.add(record.counts)
+                seen += record.counts.items + 1
+                prefix = path + b"/" if path else b""
+                stack.extend((sub, prefix + name) for name, sub in reversed(record.subdirs))
+            else:
+                seen += found.counts.items + 1
+                outcome.changed.append(found)
+        return outcome
+
+    def visit(self, lin: int, path: bytes, record: DirRecord | None) -> DirScan | None:
+        """Read one directory; None when it is as in ``record``. Raises OSError."""
+        root_fd, below = self.roots.fd_of(path)
+        fd = open_directory(root_fd, below)
+        try:
+            dev = os.fstat(fd).st_dev
+            # Inside another file system only its mount point itself belongs to the backup.
+            foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
+            now_ns = self.clock_ns()
+            entries = [] if foreign else _list(fd, dev)
+            if self.filters.by_name:
+                entries = self._filtered(entries, below, fd)
+        finally:
+            os.close(fd)
+        listing = _encode(entries)
+        signature = xxhash.xxh3_128_digest(listing)
+        if record is not None and record.signature == signature:
+            return None
+        return _describe(lin, path, dev, entries, listing, signature, now_ns)
+
+    def _filtered(self, entries: list[RawEntry], path: bytes, fd: int) -> list[RawEntry]:
+        names = {entry[0] for entry in entries}
+        if any(os.fsencode(name) in names for name in self.filters.exclude_if_present):
+            return []
+        if self.filters.exclude_caches and CACHE_TAG_NAME in names and _is_tagged(fd):
+            return [entry for entry in entries if entry[0] == CACHE_TAG_NAME]
+        if self._matcher is None:
+            return entries
+        excluded = self._matcher.excludes
+        prefix = path + b"/" if path else b""
+        return [e for e in entries if not excluded(prefix + e[0], st.S_ISDIR(e[1]))]
+
+
+class Matcher:
+    """gitignore-style patterns over paths below the source."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        import pathspec
+
+        self._spec = pathspec.GitIgnoreSpec.from_lines(patterns)
+
+    def excludes(self, path: bytes, is_dir: bool) -> bool:
+        """Whether the patterns leave this path out."""
+        return self._spec.match_file(os.fsdecode(path) + ("/" if is_dir else ""))
+
+
+def _list(fd: int, dev: int) -> list[RawEntry]:
+    entries: list[RawEntry] = []
+    append = entries.append
+    with os.scandir(fd) as listing:
+        for entry in listing:
+            try:
+                s = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # removed since the directory was read
+            append(
+                (
+                    entry.name.encode("utf-8", "surrogateescape"),
+                    s.st_mode,
+                    s.st_ino,
+                    s.st_nlink,
+                    s.st_uid,
+                    s.st_gid,
+                    s.st_size,
+                    s.st_mtime_ns,
+                    s.st_ctime_ns,
+                    s.st_rdev,
+                    s.st_dev != dev,
+                )
+            )
+    entries.sort()
+    return entries
+
+
+def _describe(
+    lin: int,
+    path: bytes,
+    dev: int,
+    entries: list[RawEntry],
+    listing: bytes,
+    signature: bytes,
+    now_ns: int,
+) -> DirScan:
+    counts = Counts()
+    subdirs, links, doubtful = [], [], []
+    for index, entry in enumerate(entries):
+        mode = entry[1] & 0o170000
+        if mode == st.S_IFREG:
+            counts.files += 1
+            counts.bytes += entry[6]
+            if entry[3] > 1:
+                links.append(index)
+        elif mode == st.S_IFDIR:
+            counts.dirs += 1
+            subdirs.append((index, entry[0]))
+        else:
+            if mode == st.S_IFLNK:
+                counts.symlinks += 1
+            else:
+                counts.others += 1
+            if entry[3] > 1:
+                links.append(index)
+        if is_fresh(entry[8], now_ns):
+            doubtful.append(index)
+    if doubtful:
+        signature = b""
+    return DirScan(lin, path, dev, signature, listing, subdirs, links, doubtful, counts)
+
+
+def is_fresh(ctime_ns: int, now_ns: int) -> bool:
+    """Whether a change after ``now_ns`` might still leave this ctime as it is."""
+    tick = FINE_TICK_NS if ctime_ns % 1_000_000_000 else COARSE_TICK_NS
+    return ctime_ns > now_ns - tick
+
+
+def _is_tagged(directory_fd: int) -> bool:
+    try:
+        fd = os.open(
+            CACHE_TAG_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd
+        )
+    except OSError:
+        return False
+    try:
+        return os.read(fd, len(CACHE_TAG)) == CACHE_TAG
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def reason(error: OSError) -> str:
+    """An error in a few words, as it is listed beside a path."""
+    words = {
+        "FileNotFoundError": "is gone",
+        "PermissionError": "permission denied",
+        "NotADirectoryError": "is no longer a directory",
+    }
+    return words.get(type(error).__name__) or (error.strerror or str(error)).lower()
