@@ -70,20 +70,20 @@ class SnapshotView:
         """The metadata of many LINs, in their order; cheap for neighbours."""
         found: list[Meta | None] = []
         known: dict[int, Meta] = {}
-        single = len(self._runs) == 1
+        edge = 0  # the last LIN of the page at hand: a newer row of it may stand on the next page
         for lin in lins:
-            row = known.get(lin) if single else None
-            if row is None and single:
-                known = self._page_map(self._runs[0], lin)
+            if len(self._runs) != 1:
+                found.append(self.meta(lin))
+                continue
+            row = known.get(lin) if lin != edge else None
+            if row is None:
+                page = self._tables.at_or_before(self._runs[0], Table.METADATA, (lin, self.number))
+                if page is not None:
+                    known = self._map(page[0].name, page[1], page[2])
+                    edge = cast(Meta, page[2][-1]).lin
                 row = known.get(lin)
-            elif row is None:
-                row = self.meta(lin)
             found.append(None if row is None or row.type in DELETED_TYPES else row)
         return found
-
-    def _page_map(self, run: Run, lin: int) -> dict[int, Meta]:
-        found = self._tables.at_or_before(run, Table.METADATA, (lin, self.number))
-        return self._map(found[0].name, found[1], found[2]) if found else {}
 
     def _map(self, segment: bytes, index: int, rows: list[Row]) -> dict[int, Meta]:
         """The rows of a page in force at this snapshot, by LIN."""
