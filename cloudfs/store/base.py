@@ -1,9 +1,9 @@
 """What a store is: the small protocol that everything above depends on.
 
-A store maps object names (ASCII, ``/``-separated, no leading slash, no ``.`` or ``..`` part)
-to bytes. All methods block, may be called from several threads at once, and raise only the
-closed set of :class:`cloudfs.core.errors.StoreError` subclasses. Behaviour (retry, limits,
-counting, faults) is added by wrapping one store in another, never by flags.
+A store maps object names (see :mod:`cloudfs.store.naming`) to bytes. All methods block, may be
+called from several threads at once, and raise only the closed set of
+:class:`cloudfs.core.errors.StoreError` subclasses. Behaviour (retry, limits, counting, faults)
+is added by wrapping one store in another, never by flags.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Store(Protocol):
         """Yield the objects whose names begin with ``prefix``, sorted by name (byte order).
 
         Sees every object whose ``put`` returned before the call. ``limit`` bounds how many are
-        yielded and so how many requests are made (one for each 1,000).
+        yielded and so how many requests are made (one for each 1,000). Requests are made, and
+        errors raised, while it is iterated over.
         """
 
     def delete(self, names: Iterable[str]) -> None:

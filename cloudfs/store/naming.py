@@ -3,7 +3,9 @@
 Parts are divided by ``/``. No part is empty or begins with a dot (which rules out ``..``, and
 leaves a local store free to keep things of its own), and all characters are printable ASCII
 without those that some stores or shells treat specially. No name may lie below another
-(``a`` and ``a/b``): a directory cannot hold both.
+(``a`` and ``a/b``): a directory cannot hold both. Nor may, of two parts in one place, one that
+is a directory begin the other with ``-``, ``.``, ``+`` or ``,`` after it (``a/b`` and ``a-b``):
+these sort before the slash, and SeaweedFS sorts part by part where others sort whole names.
 """
 
 from __future__ import annotations
