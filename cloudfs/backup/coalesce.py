@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from cloudfs.format.tables import (
 from cloudfs.repo.history import History
 from cloudfs.repo.repository import Repository
 from cloudfs.repo.tables import cache_key
-from cloudfs.repo.view import all_versions
 from cloudfs.store.base import Buffer
 
 SEGMENT_BYTES = 24 << 20
@@ -177,16 +177,14 @@ class RunWriter:
         cache.put([(segment_id + b"footer", end), *items])
 
 
-def with_run(history: History, runs: list[Run], writer: RunWriter) -> list[Run]:
+def merge_runs(history: History, runs: list[Run], writer: RunWriter, spool_dir: Path) -> list[Run]:
     """Merge the newest runs as far as they are too many."""
     count = runs_to_merge([run.size for run in runs])
     if count < 2:
         return runs
     merging = runs[-count:]
-    pages = (
-        page
-        for table in Table
-        for page in pages_of(table, all_versions(history.tables, merging, table))
-    )
-    merged = writer.write(pages, merging[0].first_snap, merging[-1].last_snap)
+    with contextlib.closing(PageSpool(spool_dir)) as spool:
+        for run in merging:
+            spool.add(history.tables.coded_pages(run))
+        merged = writer.write(spool.ordered(), merging[0].first_snap, merging[-1].last_snap)
     return [*runs[:-count], merged]

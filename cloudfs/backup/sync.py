@@ -24,7 +24,7 @@ import msgspec
 import xxhash
 
 from cloudfs.backup.adopt import adopt
-from cloudfs.backup.coalesce import PageSpool, RunWriter, with_run
+from cloudfs.backup.coalesce import PageSpool, RunWriter, merge_runs
 from cloudfs.backup.dispatch import Dispatcher
 from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
 from cloudfs.backup.packs import Packer, PackSettings
@@ -152,7 +152,8 @@ class _Sync:
         self._errors: list[tuple[bytes, str]] = []
         self._requests = Requests()
         self._items_done = self._bytes_read = self._bytes_stored = 0
-        self._spool = PageSpool(self._history.repository.local.state_dir / "spool")
+        self._spool_dir = job.repository.local.state_dir / "spool"
+        self._spool = PageSpool(self._spool_dir)
 
     def run(self) -> SyncResult:
         """All steps."""
@@ -365,7 +366,7 @@ class _Sync:
         self._spool.close()
         runs = history.manifest.runs
         if run.segments:
-            runs = with_run(history, [*runs, run], writer)
+            runs = merge_runs(history, [*runs, run], writer, self._spool_dir)
         self._bytes_stored += writer.bytes_stored
         assert self._lease is not None
         self._lease.check()

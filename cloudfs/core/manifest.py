@@ -95,18 +95,22 @@ class Manifest(msgspec.Struct, frozen=True):
 EMPTY = Manifest()
 
 
-def runs_to_merge(sizes: list[int], *, fan: int = 4, floor_bytes: int = 16 * 1024) -> int:
+def runs_to_merge(sizes: list[int], *, fan: int = 4) -> int:
     """How many of the newest runs to merge, given the sizes in bytes of all runs, oldest first.
 
-    Each run is to be more than ``fan`` times as large as all that follow it together, and of
-    runs below ``floor_bytes`` there may be up to ``fan``. So the number of runs grows with the
-    logarithm of the size of the tables, and a row is rewritten once for each factor of ``fan``.
+    Up to ``fan`` runs are left alone. Beyond that the newest ones are merged, and with them every
+    older one that is not more than ``fan`` times as large as all that follow it. So the number of
+    runs stays below ``fan`` plus the logarithm of the size of the tables to the base of ``fan``,
+    and a row is rewritten about once for each factor of ``fan`` by which its run grows.
     Returns 0 when there is nothing to merge.
     """
-    total = 0
-    merge = 0
-    for count, size in enumerate(reversed(sizes), start=1):
-        if count > 1 and size <= fan * total and (total > floor_bytes or count > fan):
-            merge = count
+    if len(sizes) <= fan:
+        return 0
+    total = sizes[-1]
+    merge = 1
+    for size in reversed(sizes[:-1]):
+        if size > fan * total and merge > 1:
+            break
         total += size
+        merge += 1
     return merge

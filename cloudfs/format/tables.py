@@ -6,7 +6,7 @@ the offset where it stands. A *table file* is::
     header      8 bytes       magic, kind, format version
     frames      (packs only)  sealed one after the other
     pages       sealed one after the other, by table and key
-    footer      sealed        for each table: first key, offset, length and rows of each page
+    footer      sealed        for each table: keys, offset, length and rows of each page
     tail        16 bytes      length of the footer, length of pages + footer + tail, magic
 
 A reader that knows the file's size and the length of footer and tail needs one read for the
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -54,18 +54,18 @@ class Page(msgspec.Struct, array_like=True, gc=False):
 
 
 class PageRef(msgspec.Struct, array_like=True, gc=False):
-    """Where a page stands: its first key, offset and sealed length in bytes, and its rows."""
+    """Where a page stands: its first and last key, offset and sealed length in bytes, its rows."""
 
     first: Key
+    last: Key
     offset: int
     length: int
     rows: int
 
 
 class Section(msgspec.Struct, array_like=True, gc=False):
-    """The pages of one table in key order, and the last key of the last of them."""
+    """The pages of one table in key order."""
 
-    last: Key
     pages: list[PageRef]
 
     def find(self, key: Key) -> int:
@@ -125,10 +125,8 @@ class TableFileWriter:
     def page(self, page: Page) -> bytes:
         """Seal one page; pages come by table and key."""
         sealed = self._sealer.seal(self.offset, page.coded)
-        ref = PageRef(page.first, self.offset, len(sealed), page.rows)
-        section = self.footer.setdefault(int(page.table), Section(page.last, []))
-        section.pages.append(ref)
-        section.last = page.last
+        ref = PageRef(page.first, page.last, self.offset, len(sealed), page.rows)
+        self.footer.setdefault(int(page.table), Section([])).pages.append(ref)
         self.offset += len(sealed)
         self.rows += page.rows
         return sealed
@@ -144,7 +142,7 @@ class TableFileWriter:
     def ranges(self) -> dict[int, KeyRange]:
         """The keys that the file spans, by table."""
         return {
-            table: KeyRange(section.pages[0].first, section.last)
+            table: KeyRange(section.pages[0].first, section.pages[-1].last)
             for table, section in self.footer.items()
         }
 
@@ -182,11 +180,6 @@ def sealed_rows(sealer: Sealer, table: Table, ref: PageRef, sealed: bytes) -> li
     if len(sealed) != ref.length:
         raise Damaged(f"{sealer.name} is damaged (cut short).")
     return decode_page(table, sealer.open(ref.offset, sealed), sealer.name)
-
-
-def pages_length(refs: Iterable[PageRef]) -> int:
-    """Stored bytes of these pages."""
-    return sum(ref.length for ref in refs)
 
 
 FRAME_OVERHEAD = TAG_SIZE + envelope.CODING_SIZE
