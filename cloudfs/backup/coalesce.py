@@ -21,7 +21,7 @@ from heapq import merge as heap_merge
 from pathlib import Path
 
 from cloudfs.core.manifest import Run, SegmentRef, runs_to_merge
-from cloudfs.core.rows import Key, Row, Table, key_of
+from cloudfs.core.rows import Key, Row, Table, key_function
 from cloudfs.format import names
 from cloudfs.format.envelope import ID_SIZE, Kind
 from cloudfs.format.tables import (
@@ -107,7 +107,9 @@ class PageSpool:
                     break
             else:
                 streams.append([page])
-        rows = heap_merge(*(self._rows(table, stream) for stream in streams), key=key_of)
+        rows = heap_merge(
+            *(self._rows(table, stream) for stream in streams), key=key_function(table)
+        )
         yield from pages_of(table, rows)
 
     def _rows(self, table: Table, pages: list[_Spooled]) -> Iterator[Row]:

@@ -33,6 +33,7 @@ from cloudfs.core.rows import (
     PackRow,
     Row,
     Table,
+    key_function,
 )
 from cloudfs.format import names
 from cloudfs.format.envelope import ID_SIZE, Keyring, Kind, Sealer, decode, encode
@@ -94,16 +95,9 @@ class Rows:
             (Table.ENTRIES, self.entries),
             (Table.BLOCKS, blocks),
         ):
-            ordered = sorted(rows, key=_order_of[table])
-            pages.extend(encode_pages(table, cast("list[Row]", ordered)))
+            ordered = sorted(cast("list[Row]", rows), key=key_function(table))
+            pages.extend(encode_pages(table, ordered))
         return pages
-
-
-_order_of: dict[Table, Callable[[Row], tuple[int, int | bytes]]] = {
-    Table.METADATA: lambda row: (cast(Meta, row).lin, 0),
-    Table.ENTRIES: lambda row: (cast(Entry, row).parent, cast(Entry, row).name),
-    Table.BLOCKS: lambda row: (cast(BlockRow, row).lin, cast(BlockRow, row).base),
-}
 
 
 class Packer:

@@ -13,8 +13,9 @@ local state, decoded in C. They hold no cycles, hence ``gc=False``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -153,35 +154,29 @@ class Location(NamedTuple):
 Key = tuple[int | bytes, ...]
 
 
-def meta_key(row: Meta) -> Key:
-    """(LIN, snapshot)."""
-    return (row.lin, row.snap)
+_KEYS: dict[type, Callable[[Row], Key]] = {
+    Meta: attrgetter("lin", "snap"),
+    Entry: attrgetter("parent", "name", "snap"),
+    BlockRow: attrgetter("lin", "base", "snap"),
+    PackRow: attrgetter("name", "snap"),
+}
 
-
-def entry_key(row: Entry) -> Key:
-    """(parent LIN, name, snapshot)."""
-    return (row.parent, row.name, row.snap)
-
-
-def block_key(row: BlockRow) -> Key:
-    """(LIN, base, snapshot)."""
-    return (row.lin, row.base, row.snap)
-
-
-def pack_key(row: PackRow) -> Key:
-    """(name, snapshot)."""
-    return (row.name, row.snap)
+_SUBJECTS: dict[type, Callable[[Row], object]] = {
+    Meta: attrgetter("lin"),
+    Entry: attrgetter("parent", "name"),
+    BlockRow: attrgetter("lin", "base"),
+    PackRow: attrgetter("name"),
+}
 
 
 def key_of(row: Row) -> Key:
     """The key of any row, by which its table is sorted."""
-    if isinstance(row, Meta):
-        return meta_key(row)
-    if isinstance(row, Entry):
-        return entry_key(row)
-    if isinstance(row, BlockRow):
-        return block_key(row)
-    return pack_key(row)
+    return _KEYS[type(row)](row)
+
+
+def key_function(table: Table) -> Callable[[Row], Key]:
+    """What gives the key of the rows of one table; faster than :func:`key_of` for many."""
+    return _KEYS[ROW_TYPES[table]]
 
 
 def locations(row: BlockRow) -> list[Location | None]:
@@ -199,14 +194,17 @@ def newest_at(rows: Iterable[Row], snapshot: int) -> Iterator[Row]:
     ``snapshot`` are passed over.
     """
     held: Row | None = None
-    held_key: Key = ()
+    subject: object = None
+    subject_of: Callable[[Row], object] | None = None
     for row in rows:
         if row.snap > snapshot:
             continue
-        key = key_of(row)[:-1]
-        if held is not None and key != held_key:
+        if subject_of is None:
+            subject_of = _SUBJECTS[type(row)]
+        following = subject_of(row)
+        if held is not None and following != subject:
             yield held
-        held, held_key = row, key
+        held, subject = row, following
     if held is not None:
         yield held
 

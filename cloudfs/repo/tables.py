@@ -14,11 +14,11 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from cloudfs.core.errors import Damaged, NotFound
 from cloudfs.core.manifest import Run, SegmentRef
-from cloudfs.core.rows import Key, Row, Table, key_of
+from cloudfs.core.rows import Key, Row, Table, key_function
 from cloudfs.db.cache import BlobCache
 from cloudfs.format import names
 from cloudfs.format.envelope import Keyring, Kind, Sealer
@@ -160,7 +160,7 @@ class TableReader:
             for index in range(max(section.find(low), 0), len(section.pages)):
                 if section.pages[index].first >= high:
                     return
-                yield from _cut(self.page(segment, table, index), low, high)
+                yield from _cut(table, self.page(segment, table, index), low, high)
 
     def all_rows(self, run: Run, table: Table) -> Iterator[Row]:
         """All rows of a run in key order, fetched in large spans; pages are not kept in memory."""
@@ -171,6 +171,16 @@ class TableReader:
             sealer = self.sealer(segment)
             for ref, sealed in self._stream(segment, section.pages):
                 yield from sealed_rows(sealer, table, ref, sealed)
+
+    def coded_pages(self, run: Run) -> Iterator[Page]:
+        """All pages of a run as they can go into another segment, by table and key."""
+        for segment in run.segments:
+            sealer = self.sealer(segment)
+            for table in Table:
+                section = self.section(segment, table)
+                for ref, sealed in self._stream(segment, section.pages) if section else ():
+                    coded = sealer.open(ref.offset, sealed)
+                    yield Page(table, ref.first, ref.last, ref.rows, coded)
 
     def _stream(self, segment: SegmentRef, pages: list[PageRef]) -> Iterator[tuple[PageRef, bytes]]:
         """Each page with its sealed bytes; those the cache lacks come by MAX_SPAN a request."""
@@ -195,10 +205,10 @@ class TableReader:
             start = stop
 
 
-def _cut(rows: list[Row], low: Key, high: Key) -> list[Row]:
-    key: Callable[[Row], Key] = key_of
-    start = bisect_left(rows, low, key=key) if key_of(rows[0]) < low else 0
-    stop = bisect_left(rows, high, lo=start, key=key) if key_of(rows[-1]) >= high else len(rows)
+def _cut(table: Table, rows: list[Row], low: Key, high: Key) -> list[Row]:
+    key = key_function(table)
+    start = bisect_left(rows, low, key=key) if key(rows[0]) < low else 0
+    stop = bisect_left(rows, high, lo=start, key=key) if key(rows[-1]) >= high else len(rows)
     return rows[start:stop]
 
 
