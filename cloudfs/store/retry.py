@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from cloudfs.core.errors import AlreadyExists, Unavailable
+from cloudfs.core.errors import AlreadyExists, NotFound, Unavailable
 from cloudfs.store.base import Buffer, ObjectInfo, Store
 from cloudfs.store.wrapper import StoreWrapper, size_of
 
@@ -62,7 +62,10 @@ class RetryStore(StoreWrapper):
 
     def _holds(self, name: str, chunks: Sequence[Buffer]) -> bool:
         """Is what lies under ``name`` what we sent (rule 3)?"""
-        there = memoryview(self.inner.get(name))
+        try:
+            there = memoryview(self.inner.get(name))
+        except NotFound:
+            return False  # another's, and removed since
         if len(there) != size_of(chunks):
             return False
         at = 0
