@@ -1,0 +1,66 @@
+"""The environment: the only module of cloudfs that reads it (libraries read AWS_* and NO_COLOR).
+
+Directories are those of the platform: for root /etc/cloudfs, /var/lib/cloudfs and
+/var/cache/cloudfs, for others what the XDG variables say.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloudfs.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the environment says. Its repr shows no passphrase."""
+
+    repository: str
+    passphrase: bytes | None
+    passphrase_file: str
+    passphrase_command: str
+    config_dir: Path
+    state_dir: Path
+    cache_dir: Path
+
+    def __repr__(self) -> str:
+        return f"Environment(config_dir={self.config_dir})"
+
+
+def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
+    """Read it. An empty variable is one that is not set."""
+    passphrase = variables.get("CLOUDFS_PASSPHRASE")
+    return Environment(
+        repository=variables.get("CLOUDFS_REPO", ""),
+        passphrase=os.fsencode(passphrase) if passphrase else None,
+        passphrase_file=variables.get("CLOUDFS_PASSPHRASE_FILE", ""),
+        passphrase_command=variables.get("CLOUDFS_PASSPHRASE_COMMAND", ""),
+        config_dir=_directory(variables, "CLOUDFS_CONFIG_DIR", "config"),
+        state_dir=_directory(variables, "CLOUDFS_STATE_DIR", "state"),
+        cache_dir=_directory(variables, "CLOUDFS_CACHE_DIR", "cache"),
+    )
+
+
+def _directory(variables: Mapping[str, str], name: str, kind: str) -> Path:
+    given = variables.get(name)
+    if given:
+        if not os.path.isabs(given):
+            raise UsageError(f"{name} must be an absolute path, and {given} is none.")
+        return Path(given)
+    if os.geteuid() == 0:
+        return {
+            "config": Path("/etc/cloudfs"),
+            "state": Path("/var/lib/cloudfs"),
+            "cache": Path("/var/cache/cloudfs"),
+        }[kind]
+    import platformdirs
+
+    directories = platformdirs.PlatformDirs("cloudfs", appauthor=False)
+    return {
+        "config": directories.user_config_path,
+        "state": directories.user_state_path,
+        "cache": directories.user_cache_path,
+    }[kind]
