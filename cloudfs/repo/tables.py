@@ -22,7 +22,7 @@ from cloudfs.core.rows import Key, Row, Table, key_function
 from cloudfs.db.cache import BlobCache
 from cloudfs.format import names
 from cloudfs.format.envelope import Keyring, Kind, Sealer
-from cloudfs.format.tables import Footer, PageRef, Section, read_footer, sealed_rows
+from cloudfs.format.tables import Footer, Page, PageRef, Section, read_footer, sealed_rows
 from cloudfs.store.base import Store
 
 MAX_SPAN = 8 << 20
@@ -124,8 +124,9 @@ class TableReader:
                 break
             refs.append(ref)
             length += ref.length
-        self._streaks[segment.name, int(table)] = (index + len(refs), max(span, length))
         data = self._get(self.sealer(segment).name, refs[0].offset, length)
+        # Only now: a request that failed, or was refused, is sent again with the same span.
+        self._streaks[segment.name, int(table)] = (index + len(refs), max(span, length))
         start = refs[0].offset
         parts = [data[ref.offset - start :][: ref.length] for ref in refs]
         self._cache.put(
