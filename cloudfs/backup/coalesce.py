@@ -54,6 +54,7 @@ class PageSpool:
     """Pages of one sync, on disk until they are put in order."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=directory, prefix="pages-")  # noqa: SIM115
         self._pages: dict[Table, list[_Spooled]] = {table: [] for table in Table}

@@ -48,23 +48,29 @@ class Dispatcher:
         self._allot = allot
         self._pool: ProcessPoolExecutor | None = None
         self._running: set[Future[bytes]] = set()
+        self._scans_in_pool = False
 
-    def start_pool(self) -> None:
-        """Start the worker processes; returns before they are ready."""
-        if self._pool is None:
+    def start_pool(self, *, for_scans: bool = False) -> None:
+        """Start the worker processes; returns before they are ready.
+
+        Scans stay in this process unless the pool was started for them.
+        """
+        if self._pool is None and self.workers > 1:
             self._pool = worker_pool(self.workers, self._opening)
+            self._scans_in_pool = for_scans
 
     def scan_here(self, part: ScanPart) -> ScanOutcome:
         """Visit directories of a tree that was never backed up, in this process."""
         return self._worker.scan(part, trust=False)
 
     def scan(self, parts: list[ScanPart], *, trust: bool) -> Iterator[ScanOutcome]:
-        """Visit directories, in the pool if there is one; outcomes come in the order of parts."""
-        if self._pool is None:
+        """Visit directories; outcomes come in the order of parts."""
+        if not self._scans_in_pool:
             for part in parts:
                 yield self._worker.scan(part, trust=trust)
             return
         encode = msgspec.msgpack.encode
+        assert self._pool is not None
         futures = [
             self._pool.submit(scan_task, self._context, encode(part), trust) for part in parts
         ]
@@ -73,7 +79,7 @@ class Dispatcher:
 
     def feed(self, queue: WorkQueue, *, walking: bool) -> Iterator[Done]:
         """Start what can be started; yields what is done. Blocks only when not ``walking``."""
-        if self._pool is None and self.workers > 1 and queue.work > INLINE_WORK:
+        if queue.work > INLINE_WORK:
             self.start_pool()
         if self._pool is None:
             # Too little to say yet, or so little that a pool would cost more than it saves.

@@ -32,16 +32,14 @@ def rebuild(state: SyncState, view: SnapshotView, manifest: Manifest, signature:
     state.clear()
     counts = Counts()
     batch: list[tuple[int, DirRecord | None]] = []
-    doubtful = 0
     for lin, record in _records(view):
         counts.add(record.counts)
-        doubtful += bool(record.doubtful)
         batch.append((lin, record))
         if len(batch) >= _BATCH:
             state.put_records(view.number, batch)
             batch = []
     state.put_records(view.number, batch)
-    state.save_head(Head(manifest.number, view.number, False, counts, signature, doubtful))
+    state.save_head(Head(manifest.number, view.number, False, counts, signature))
 
 
 def _records(view: SnapshotView) -> Iterator[tuple[int, DirRecord]]:

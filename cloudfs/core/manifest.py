@@ -45,6 +45,13 @@ class Run(msgspec.Struct, array_like=True, frozen=True):
         return sum(segment.size for segment in self.segments)
 
 
+class Retired(msgspec.Struct, array_like=True, frozen=True):
+    """A segment that a merge replaced, kept for readers that still hold an older manifest."""
+
+    name: bytes
+    time_ns: int
+
+
 class SnapshotStats(msgspec.Struct, frozen=True):
     """What a snapshot holds and what it cost. Counts of items, sizes in bytes."""
 
@@ -85,6 +92,7 @@ class Manifest(msgspec.Struct, frozen=True):
     next_lin: int = FIRST_FREE_LIN
     runs: list[Run] = []
     snapshots: list[SnapshotRecord] = []
+    retired: list[Retired] = []
 
     @property
     def last_snapshot(self) -> SnapshotRecord | None:

@@ -107,6 +107,11 @@ class TreeDiff:
         self._alive: set[int] = set()
         self._moved_dirs: set[int] = set()
 
+    @property
+    def waiting(self) -> int:
+        """How many files have appeared and wait to be judged."""
+        return len(self._appeared_files)
+
     def allot(self, count: int) -> int:
         """Take ``count`` LINs; returns the first."""
         first = self.next_lin

@@ -35,7 +35,6 @@ class Head(msgspec.Struct, array_like=True):
     running: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)
     signature: bytes = b""  # of the policy's filters and sources
-    doubtful: int = 0
 
 
 _head_decoder = msgspec.msgpack.Decoder(Head)
