@@ -1,0 +1,165 @@
+"""One mount, from the job to its end: what runs in the foreground or in the daemon.
+
+1. The job holds all that was found out before: the repository is open, the manifests are read.
+   So a mount that is ready has asked the store for nothing.
+2. The mount is there when ``ready`` is called; questions from then on wait until they are
+   answered.
+3. It ends when it is unmounted from outside, or unmounts itself on SIGTERM, SIGINT or SIGHUP.
+   When the process is killed the mount stays and says "not connected": never an empty directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from cloudfs.core.errors import CloudfsError
+from cloudfs.core.manifest import Manifest
+from cloudfs.db.local import LocalState
+from cloudfs.fuse import mountpoint as places
+from cloudfs.fuse.patience import PatientStore
+from cloudfs.fuse.tree import Tree
+from cloudfs.fuse.view import View
+from cloudfs.repo.history import History
+from cloudfs.repo.pool import WorkerOpening
+from cloudfs.repo.repository import PolicyRecord, Repository
+from cloudfs.store.open import open_store
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 4096
+RETRY_S = 30.0
+"""A read of a store that is down fails after this long: longer than a hiccup, not forever."""
+
+REFRESH_NEAR_S = 1.0
+REFRESH_FAR_S = 5.0
+"""How old the list of snapshots may be, where looking is free and where it is a request."""
+
+GRACE_S = 2.0
+"""How long open questions may take when the mount is to end."""
+
+
+@dataclass(frozen=True)
+class MountJob:
+    """What to mount, and where. Holds keys: it goes over a pipe only."""
+
+    opening: WorkerOpening
+    branches: list[tuple[PolicyRecord, Manifest]]
+    mountpoint: str
+    allow_other: bool = False
+    log_file: Path | None = None
+
+
+def job_of(
+    opening: WorkerOpening, histories: list[History], mountpoint: str, *, allow_other: bool = False
+) -> MountJob:
+    """The job to mount these policies. Raises UsageError where the mountpoint cannot be used."""
+    return MountJob(
+        opening,
+        [(history.policy, history.manifest) for history in histories],
+        places.check(mountpoint),
+        allow_other,
+    )
+
+
+def serve(job: MountJob, ready: Callable[[], None]) -> None:
+    """Mount, call ``ready``, answer until the end. Raises UsageError, CloudfsError, OSError."""
+    path = places.check(job.mountpoint)
+    given = job.opening
+    options = replace(given.options, retry_s=min(given.options.retry_s, RETRY_S))
+    store = PatientStore(open_store(given.url, options))
+    local = LocalState(given.cache_dir, given.state_dir)
+    repository = Repository.reopen(store, given.opening, local)
+    histories = [History(repository, record, manifest=m) for record, m in job.branches]
+    near = given.url.startswith(("file:", "/"))
+    tree = Tree(histories, uid=os.geteuid(), gid=os.getegid())
+    view = View(tree, refresh_s=REFRESH_NEAR_S if near else REFRESH_FAR_S)
+    try:
+        _init(view, path, _options(store.url, allow_other=job.allow_other))
+        try:
+            trio.run(_run, view, store, path, ready)
+        finally:
+            pyfuse3.close(unmount=True)
+    finally:
+        for history in histories:
+            history.close()
+        local.close()
+        store.close()
+
+
+def _options(url: str, *, allow_other: bool) -> set[str]:
+    source = url.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
+    options = {"default_permissions", "ro", f"fsname={source}", f"subtype={places.SUBTYPE}"}
+    return options | {"allow_other"} if allow_other else options
+
+
+def _init(view: View, path: str, options: set[str]) -> None:
+    """Mount. What the libraries print on failure becomes part of the sentence."""
+    if not os.path.exists("/dev/fuse"):
+        raise CloudfsError("there is no /dev/fuse; load the kernel module: `modprobe fuse`.")
+    with _stderr() as said:
+        try:
+            pyfuse3.init(view, path, options)
+        except RuntimeError as error:
+            reason = said() or str(error)
+            raise CloudfsError(f"{path} could not be mounted: {reason}.") from None
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[Callable[[], str]]:
+    """Catch what is written to file descriptor 2, by child processes too."""
+    with tempfile.TemporaryFile() as caught:
+        kept = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield lambda: _last_line(os.pread(caught.fileno(), 4096, 0))
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _last_line(said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1].rstrip(".") if lines else ""
+
+
+async def _run(view: View, store: PatientStore, path: str, ready: Callable[[], None]) -> None:
+    store.refuse_here()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_end_on_signal, nursery)
+        nursery.start_soon(_announce, path, ready)
+        await view.serve()
+        nursery.cancel_scope.cancel()
+
+
+async def _announce(path: str, ready: Callable[[], None]) -> None:
+    """Say that the mount is there when it answers: only then does the kernel know its limits."""
+    await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
+    _raise_read_ahead(path)
+    ready()
+
+
+async def _end_on_signal(nursery: trio.Nursery) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        async for _ in received:
+            pyfuse3.terminate()
+            await trio.sleep(GRACE_S)
+            nursery.cancel_scope.cancel()
+
+
+def _raise_read_ahead(path: str) -> None:
+    """Let the kernel read more than 128 KiB ahead. Only root may; others read more slowly."""
+    device = places.device_of(path)
+    if device is None:
+        return
+    with contextlib.suppress(OSError):
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))

@@ -1,0 +1,126 @@
+"""Mountpoints: what may be mounted on, what is mounted, taking it away again.
+
+A mount whose server died answers every call with ENOTCONN; it must never be taken for an empty
+directory. So nothing here looks into a mountpoint to learn whether something is mounted there:
+that stands in the kernel's list of mounts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloudfs.core.errors import CloudfsError, UsageError
+
+SUBTYPE = "cloudfs"
+MOUNTINFO = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """One cloudfs mount of this machine: where, of what repository, its device "major:minor"."""
+
+    mountpoint: str
+    url: str
+    device: str
+    alive: bool
+
+
+def mounts() -> list[Mounted]:
+    """The cloudfs mounts that this process sees, oldest first."""
+    found = []
+    for line in MOUNTINFO.read_bytes().splitlines():
+        fields, _, rest = line.partition(b" - ")
+        kind, source = rest.split(b" ")[:2]
+        if kind == b"fuse." + SUBTYPE.encode():
+            path = os.fsdecode(_unescape(fields.split(b" ")[4]))
+            device = fields.split(b" ")[2].decode()
+            found.append(Mounted(path, os.fsdecode(_unescape(source)), device, _alive(path)))
+    return found
+
+
+def _unescape(field: bytes) -> bytes:
+    return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field)
+
+
+def _alive(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
+
+
+def device_of(mountpoint: str) -> str | None:
+    """ "major:minor" of the cloudfs mount at an absolute path, without touching it."""
+    for line in reversed(MOUNTINFO.read_bytes().splitlines()):
+        fields = line.split(b" ")
+        if os.fsdecode(_unescape(fields[4])) == mountpoint:
+            return fields[2].decode()
+    return None
+
+
+def check(mountpoint: str) -> str:
+    """The absolute path of a directory that can be mounted on. Raises UsageError."""
+    path = os.path.realpath(mountpoint)
+    if any(mounted.mountpoint == path for mounted in mounts()):
+        raise UsageError(
+            f"{mountpoint}: something is mounted there already; `cloudfs umount` takes it away."
+        )
+    try:
+        with os.scandir(path) as names:
+            empty = next(names, None) is None
+    except FileNotFoundError:
+        raise UsageError(f"{mountpoint} does not exist; make the directory first.") from None
+    except NotADirectoryError:
+        raise UsageError(f"{mountpoint} is not a directory; a mount needs one.") from None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise UsageError(
+                f"{mountpoint} is a mount whose server has ended; take it away first with"
+                f" `umount {mountpoint}`."
+            ) from None
+        raise UsageError(f"{mountpoint} cannot be read ({error.strerror}).") from None
+    if not empty:
+        raise UsageError(f"{mountpoint} is not empty; mount on an empty directory.")
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"{mountpoint} is not writable; mount on a directory of your own.")
+    return path
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Take a cloudfs mount away, alive or dead. Raises UsageError, CloudfsError where it is busy.
+
+    ``lazy``: now from the tree, and for good when the last user of it is done.
+    """
+    path = _absolute(mountpoint)
+    if not any(mounted.mountpoint == path for mounted in mounts()):
+        raise UsageError(f"no cloudfs mount at {mountpoint}; `cloudfs status` lists them.")
+    if os.geteuid() == 0:
+        command = ["umount", *(["-l"] if lazy else []), "--", path]
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise CloudfsError(f"{command[0]} is missing; install it to unmount.") from None
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip()
+    if "busy" in said:
+        raise CloudfsError(
+            f"{mountpoint} is in use; close what uses it, or take it away when that is done with"
+            " `cloudfs umount --lazy`."
+        )
+    raise CloudfsError(f"{mountpoint} could not be unmounted: {said}.")
+
+
+def _absolute(mountpoint: str) -> str:
+    """The real path; the last part is not looked at, as the mount there may be dead."""
+    head, tail = os.path.split(os.path.abspath(mountpoint))
+    return os.path.join(os.path.realpath(head), tail)
