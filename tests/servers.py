@@ -118,7 +118,8 @@ def _weed(weed: str, directory: Path) -> Iterator[S3Server]:
     ]
     config.write_text(json.dumps({"identities": identities}))
     names = ["master", "volume", "filer", "s3"]
-    ports = iter(free_ports(2 * len(names)))
+    all_ports = free_ports(2 * len(names))
+    ports = iter(all_ports)
     command = [weed, "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += ["-filer", "-s3", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-master.volumeSizeLimitMB=256", "-volume.max=100", "-master.telemetry=false"]
@@ -126,11 +127,16 @@ def _weed(weed: str, directory: Path) -> Iterator[S3Server]:
     for name in names:
         port = next(ports)
         command += [f"-{name}.port={port}", f"-{name}.port.grpc={next(ports)}"]
-    with running(command, directory / "log") as process:
-        endpoint = f"http://127.0.0.1:{port}"
-        wait_for(process, port)
-        _make_bucket(process, endpoint)
-        yield S3Server(endpoint, BUCKET, process)
+    try:
+        with running(command, directory / "log") as process:
+            endpoint = f"http://127.0.0.1:{port}"
+            wait_for(process, port)
+            _make_bucket(process, endpoint)
+            yield S3Server(endpoint, BUCKET, process)
+    finally:
+        for port in all_ports:  # sockets that a killed weed leaves behind
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
 
 
 @contextlib.contextmanager

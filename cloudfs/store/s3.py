@@ -9,7 +9,9 @@ boto3's machinery.
    data, and others answer a ranged GET with the checksum of the whole object.
 3. Nothing is tried again here, by botocore neither: that is the business of RetryStore, which
    knows how to tell an own earlier try from another's object.
-4. What arrives is measured against what was announced. A body that is cut is Unavailable; a
+4. A small ``put`` does not ask whether it may send: that would be one more round trip. A large
+   one does, so that a refusal comes before the bytes have gone.
+5. What arrives is measured against what was announced. A body that is cut is Unavailable; a
    server that answers a ranged GET with the whole object is understood.
 """
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 PAGE = 1000
+ASK_FIRST_BYTES = 1 << 20
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -190,7 +193,16 @@ def _make_client(
     except (BotoCoreError, ValueError) as error:
         text = str(error).rstrip(".")
         raise UsageError(f"S3 cannot be used: {text}. See --endpoint-url and --profile.") from error
+    client.meta.events.register_last("before-call.s3", _send_small_at_once)
     return client  # type: ignore[return-value]  # the stubs of botocore do not know services
+
+
+def _send_small_at_once(params: dict[str, Any], **_: object) -> None:
+    """Take back botocore's ``Expect: 100-continue`` (rule 4)."""
+    from botocore.utils import determine_content_length
+
+    if (determine_content_length(params.get("body")) or 0) < ASK_FIRST_BYTES:
+        params["headers"].pop("Expect", None)
 
 
 def _range_header(offset: int, length: int | None) -> str | None:

@@ -164,9 +164,9 @@ class Scripted(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body[:send])
-        self.close_connection = True
 
     do_GET = do_PUT = do_POST = respond  # noqa: N815  # the names are http.server's
 
@@ -286,6 +286,16 @@ def test_what_is_sent() -> None:
     sha256_of_data = "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7"
     assert headers["X-Amz-Content-SHA256"] == sha256_of_data
     assert not [name for name in headers if "trailer" in name.lower() or "crc" in name.lower()]
+
+
+def test_only_a_large_object_asks_before_it_is_sent() -> None:
+    handler = scripted(200, b"", {"ETag": '"x"'})
+    with servers.http_server(handler) as url:
+        store = connect(url)
+        for size in (0, 1, (1 << 20) - 1, 1 << 20):
+            store.put("a", [b"x" * size])
+    asked = [headers.get("Expect") for _, _, headers in handler.seen]
+    assert asked == [None, None, None, "100-continue"]
 
 
 def test_a_session_token_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
