@@ -1,0 +1,126 @@
+"""``cloudfs mount`` and ``cloudfs umount``: browse backups as directories."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from cloudfs.cli import options
+from cloudfs.cli.app import App
+from cloudfs.cli.output import quote_path
+from cloudfs.core import human
+from cloudfs.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from cloudfs.fuse.daemon import Daemon
+    from cloudfs.fuse.mount import MountJob
+
+LOG_NAME = "mount.log"
+DIRECTORY = click.Path()
+
+
+@click.command()
+@click.argument("policy", type=options.POLICY, metavar="POLICY|URL")
+@click.argument("directory", type=DIRECTORY, metavar="DIR")
+@click.option("-f", "--foreground", is_flag=True, help="Stay until unmounted; Ctrl-C unmounts.")
+@click.option("--allow-other", is_flag=True, help="Let other users in, as file modes allow.")
+@options.json_option
+@options.store_options
+@options.pass_app
+def mount(app: App, policy: str, directory: str, foreground: bool, allow_other: bool) -> None:
+    """Show the snapshots of a policy below DIR, read-only, fetching what is read.
+
+    Given the URL of a repository that holds several policies, DIR has a directory for each.
+    """
+    _check_programs()
+    from cloudfs.fuse import mountpoint
+
+    mountpoint.check(directory)
+    if foreground:
+        job, words = _job(app, policy, directory, allow_other=allow_other)
+        from cloudfs.fuse.mount import serve
+
+        serve(job, lambda: _announce(app, job, words))
+        return
+    with _daemon() as daemon:
+        job, words = _job(app, policy, directory, allow_other=allow_other)
+        log = app.environment.state_dir / LOG_NAME
+        daemon.mount(dataclasses.replace(job, log_file=log))
+    _announce(app, job, words)
+
+
+def _check_programs() -> None:
+    try:
+        import pyfuse3  # noqa: F401  # only to learn whether it is there
+    except ImportError as error:
+        raise UsageError(
+            f"mounting needs pyfuse3 and libfuse3, which cannot be loaded ({error})."
+            " Install fuse3 and the Python package pyfuse3."
+        ) from None
+
+
+@contextlib.contextmanager
+def _daemon() -> Iterator[Daemon]:
+    from cloudfs.fuse.daemon import Daemon
+
+    daemon = Daemon()  # imports while the repository is being opened here
+    try:
+        yield daemon
+    except BaseException:
+        daemon.cancel()
+        raise
+
+
+def _job(app: App, policy: str, directory: str, *, allow_other: bool) -> tuple[MountJob, str]:
+    """All that the mount's process needs, and what is mounted, in words."""
+    from cloudfs.fuse.mount import job_of
+    from cloudfs.repo.pool import WorkerOpening
+
+    place = app.place(policy)
+    with app.histories(policy) as histories:
+        repository = histories[0].repository
+        local = repository.local
+        opening = WorkerOpening(
+            place.url, place.options, repository.opening, local.cache_dir, local.state_dir
+        )
+        job = job_of(opening, histories, directory, allow_other=allow_other)
+        if len(histories) == 1:
+            count = human.count(len(histories[0].snapshots), "snapshot")
+            return job, f"{histories[0].policy.name} at {_shown(job)}: {count}."
+        return job, f"{place.url} at {_shown(job)}: {human.count(len(histories))} policies."
+
+
+def _shown(job: MountJob) -> str:
+    return quote_path(os.fsencode(job.mountpoint))
+
+
+def _announce(app: App, job: MountJob, words: str) -> None:
+    if app.output.json:
+        app.output.event(
+            {
+                "mountpoint": job.mountpoint,
+                "repository": job.opening.url,
+                "policies": [record.name for record, _ in job.branches],
+            }
+        )
+        return
+    app.output.say(
+        f"{words} Files are fetched as they are read. To stop: cloudfs umount {_shown(job)}"
+    )
+
+
+@click.command()
+@click.argument("directory", type=DIRECTORY, metavar="DIR")
+@click.option("--lazy", is_flag=True, help="Hide it now and end it when nobody uses it any more.")
+@options.pass_app
+def umount(app: App, directory: str, lazy: bool) -> None:
+    """End the mount at DIR, even one whose process is gone."""
+    from cloudfs.fuse.mountpoint import unmount
+
+    unmount(directory, lazy=lazy)
+    app.output.note(f"{quote_path(os.fsencode(directory))} is unmounted.")
