@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from cloudfs.core.errors import CloudfsError
 
 if TYPE_CHECKING:
-    from cloudfs.fuse.mount import MountJob
+    from cloudfs.fuse.job import MountJob
 
 LOG_BYTES = 1 << 20
 
@@ -141,4 +141,6 @@ def _let_go() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # a thread that waits for the store must not keep the process (serve, rule 4)

@@ -6,35 +6,35 @@
    answered.
 3. It ends when it is unmounted from outside, or unmounts itself on SIGTERM, SIGINT or SIGHUP.
    When the process is killed the mount stays and says "not connected": never an empty directory.
+4. Threads may still wait for the store then. They are not waited for, and what they use is not
+   closed under them: that ends with the process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyfuse3
 import trio
 
 from cloudfs.core.errors import CloudfsError
-from cloudfs.core.manifest import Manifest
 from cloudfs.db.local import LocalState
 from cloudfs.fuse import mountpoint as places
+from cloudfs.fuse.job import MountJob, job_of
 from cloudfs.fuse.patience import PatientStore
 from cloudfs.fuse.tree import Tree
 from cloudfs.fuse.view import View
 from cloudfs.repo.history import History
-from cloudfs.repo.pool import WorkerOpening
-from cloudfs.repo.repository import PolicyRecord, Repository
+from cloudfs.repo.repository import Repository
 from cloudfs.store.open import open_store
 
-log = logging.getLogger(__name__)
+__all__ = ["MountJob", "job_of", "serve"]
 
 READ_AHEAD_KIB = 4096
 RETRY_S = 30.0
@@ -46,29 +46,6 @@ REFRESH_FAR_S = 5.0
 
 GRACE_S = 2.0
 """How long open questions may take when the mount is to end."""
-
-
-@dataclass(frozen=True)
-class MountJob:
-    """What to mount, and where. Holds keys: it goes over a pipe only."""
-
-    opening: WorkerOpening
-    branches: list[tuple[PolicyRecord, Manifest]]
-    mountpoint: str
-    allow_other: bool = False
-    log_file: Path | None = None
-
-
-def job_of(
-    opening: WorkerOpening, histories: list[History], mountpoint: str, *, allow_other: bool = False
-) -> MountJob:
-    """The job to mount these policies. Raises UsageError where the mountpoint cannot be used."""
-    return MountJob(
-        opening,
-        [(history.policy, history.manifest) for history in histories],
-        places.check(mountpoint),
-        allow_other,
-    )
 
 
 def serve(job: MountJob, ready: Callable[[], None]) -> None:
@@ -83,17 +60,11 @@ def serve(job: MountJob, ready: Callable[[], None]) -> None:
     near = given.url.startswith(("file:", "/"))
     tree = Tree(histories, uid=os.geteuid(), gid=os.getegid())
     view = View(tree, refresh_s=REFRESH_NEAR_S if near else REFRESH_FAR_S)
+    _init(view, path, _options(store.url, allow_other=job.allow_other))
     try:
-        _init(view, path, _options(store.url, allow_other=job.allow_other))
-        try:
-            trio.run(_run, view, store, path, ready)
-        finally:
-            pyfuse3.close(unmount=True)
+        trio.run(_run, view, store, path, ready)
     finally:
-        for history in histories:
-            history.close()
-        local.close()
-        store.close()
+        pyfuse3.close(unmount=True)
 
 
 def _options(url: str, *, allow_other: bool) -> set[str]:

@@ -50,7 +50,7 @@ def _unescape(field: bytes) -> bytes:
 
 def _alive(path: str) -> bool:
     try:
-        os.stat(path)
+        os.statvfs(path)  # always asks the server; the kernel may still know what stat says
     except OSError as error:
         return error.errno != errno.ENOTCONN
     return True
