@@ -118,7 +118,7 @@ def quote_path(path: bytes) -> str:
     except UnicodeDecodeError:
         text = ""
     if text.isprintable() and (text or not path):
-        return text if _PLAIN.fullmatch(text) and text[0] != "-" else shlex.quote(text)
+        return text if _PLAIN.fullmatch(text) else shlex.quote(text)
     shown = []
     for char in path.decode("utf-8", "surrogateescape"):
         if char in _ESCAPES:
