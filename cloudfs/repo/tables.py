@@ -2,9 +2,9 @@
 
 1. A page is looked for among the decoded pages in memory, then among the sealed bytes in the
    local cache, then in the store. Whatever is fetched is kept in the cache.
-2. Who misses page after page of one table is reading it through: the span fetched by one request
-   doubles with each miss that follows the last one, up to MAX_SPAN. A single look-up costs one
-   page.
+2. A request brings MIN_SPAN of pages, as the time of one is spent on waiting up to there. Who
+   misses where the last span ended is reading the table through: the span doubles with each such
+   miss, up to MAX_SPAN.
 3. In a run the segments do not overlap; the page that holds the greatest key not above (k, S)
    is found by bisection over the segments' ranges and then over the footer.
 """
@@ -25,6 +25,7 @@ from cloudfs.format.envelope import Keyring, Kind, Sealer
 from cloudfs.format.tables import Footer, Page, PageRef, Section, read_footer, sealed_rows
 from cloudfs.store.base import Store
 
+MIN_SPAN = 128 << 10
 MAX_SPAN = 8 << 20
 DECODED_PAGES = 96
 
@@ -115,8 +116,8 @@ class TableReader:
 
     def _fetch(self, segment: SegmentRef, table: Table, section: Section, index: int) -> bytes:
         """Fetch a page, and as many after it as the reader's habit suggests (rule 2)."""
-        expected, span = self._streaks.get((segment.name, int(table)), (-1, 0))
-        span = min(span * 2, MAX_SPAN) if index == expected else 0
+        expected, span = self._streaks.get((segment.name, int(table)), (-1, MIN_SPAN))
+        span = min(span * 2, MAX_SPAN) if index == expected else MIN_SPAN
         refs = [section.pages[index]]
         length = refs[0].length
         for ref in section.pages[index + 1 :]:
