@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 
 import msgspec
 
-from cloudfs.backup.files import SPARE_LINS
+from cloudfs.backup.describe import SPARE_LINS
 from cloudfs.backup.worker import Assignment, Done, SyncContext, Worker, pack_task, scan_task
 from cloudfs.core.assign import WorkQueue
 from cloudfs.core.errors import CloudfsError

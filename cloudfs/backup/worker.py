@@ -12,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from cloudfs.backup.data import DataReader
+from cloudfs.backup.describe import Describer
 from cloudfs.backup.files import FileReader
 from cloudfs.backup.packs import Packer, PackSettings
 from cloudfs.core.changes import DirTask
@@ -120,16 +122,21 @@ class Worker:
             clock_ns=repository.clock_ns,
             uploader=self._uploader,
         )
-        reader = FileReader(
+        snapshot, block_size = context.settings.snapshot, context.settings.block_size
+        seed, view = repository.keyring.digest_seed, self._base_view()
+        describer = Describer(
             packer,
-            context.settings.snapshot,
-            context.settings.block_size,
-            repository.keyring.digest_seed,
-            self._base_view(),
-            self._adopted if context.adopting else None,
+            snapshot,
+            block_size,
+            seed,
+            view,
             assignment.spare_lins,
             context.first_new_lin,
         )
+        data = DataReader(
+            packer, block_size, seed, view, self._adopted if context.adopting else None
+        )
+        reader = FileReader(packer, snapshot, block_size, describer, data)
         items = 0
         for task in assignment.tasks:
             reader.run(self._roots, task)
@@ -141,10 +148,10 @@ class Worker:
             packer.pack_rows,
             outcome.errors,
             outcome.absent,
-            sorted(outcome.adopted),
+            sorted(data.packs_adopted),
             outcome.parts,
             items,
-            outcome.bytes_read,
+            data.bytes_read,
             packer.bytes_stored,
             repository.store.counts() - before,
         )

@@ -1,0 +1,166 @@
+"""From a file's bytes to blocks in a packer: the loop in which a backup spends its time.
+
+1. A block is read straight into the packer's buffer and hashed there. If the file had the same
+   block at the same place before, its old location is taken over and the buffer keeps nothing.
+2. A base whose blocks are all as before gets no row. Bases that the file no longer has get a hole
+   row, so that a file cut short and grown again shows nothing of its past.
+3. Blocks that lie in holes are not read.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Callable
+
+import xxhash
+
+from cloudfs.backup.packs import Base, Packer, hole, new_base
+from cloudfs.core.rows import BASE_BLOCKS, LOCATION
+from cloudfs.repo.view import SnapshotView
+from cloudfs.source.inode import Status, data_extents
+
+_DIGEST = LOCATION.size - 16  # where the digest stands in a location record
+_LENGTH = LOCATION.size - 20
+_NO_END = 2**40
+
+Adopted = Callable[[Status], dict[int, bytes]]
+
+
+class FileData:
+    """One reading of one file's data."""
+
+    def __init__(self, fd: int, status: Status, lin: int, base_lin: int) -> None:
+        self.fd = fd
+        self.status = status
+        self.lin = lin
+        self.base_lin = base_lin
+        self.own = base_lin == lin  # what is known from before is this file's own past
+        self.torn = False  # the file was shorter than it said
+        self.before: dict[int, bytes] = {}  # location records by base
+        self.offered: dict[int, bytes] = {}  # the same, from a sync that did not end
+        sparse = status.allocated < status.size
+        self._extents = data_extents(fd, status.size) if sparse else None
+        self._starts = [start for start, _ in self._extents or ()]
+
+    def has_data(self, first: int, count: int, block_size: int) -> bool:
+        """Whether any data lies in ``count`` blocks from block ``first`` on."""
+        if self._extents is None:
+            return True
+        low, high = first * block_size, (first + count) * block_size
+        at = bisect_left(self._starts, high) - 1  # the last extent that starts before the end
+        return at >= 0 and self._extents[at][1] > low
+
+
+class DataReader:
+    """Reads files into a packer's buffer. For one thread."""
+
+    def __init__(
+        self,
+        packer: Packer,
+        block_size: int,
+        digest_seed: int,
+        view: SnapshotView | None,
+        adopted: Adopted | None,
+    ) -> None:
+        """``view`` is the last snapshot, ``adopted`` looks up what unfinished syncs stored."""
+        self._packer = packer
+        self._block_size = block_size
+        self._seed = digest_seed
+        self._view = view
+        self._adopted = adopted
+        self.bytes_read = 0
+        self.packs_adopted: set[bytes] = set()
+
+    @property
+    def knows_nothing(self) -> bool:
+        """Whether a new file's blocks cannot be known from anywhere."""
+        return self._adopted is None
+
+    def read(self, data: FileData, part: tuple[int, int] | None) -> list[Base]:
+        """Read the blocks of a file, or of the bases of one part; returns the bases that differ."""
+        size, block_size = data.status.size, self._block_size
+        first, count = part or (0, 0)
+        bases = -(-size // (block_size * BASE_BLOCKS))
+        last = min(bases, first + count) if count else bases
+        self._recall(data, first, last if count else _NO_END)
+        changed: list[Base] = []
+        for number in range(first, last):
+            start = number * BASE_BLOCKS
+            blocks = min(BASE_BLOCKS, -(-size // block_size) - start)
+            old = data.before.pop(number, b"")
+            if not data.has_data(start, blocks, block_size):
+                if old and data.own:
+                    changed.append(Base(data.lin, number, []))
+                continue
+            base = new_base(data.lin, number, blocks)
+            self._blocks(data, base, start, old)
+            if not (data.own and b"".join(base.records) == old):
+                changed.append(base)
+        if data.own:
+            gone = sorted(number for number, old in data.before.items() if old)
+            changed.extend(Base(data.lin, number, []) for number in gone)
+        return changed
+
+    def _recall(self, data: FileData, first: int, last: int) -> None:
+        """Look up what blocks the file, or the one it replaced, is known to have had."""
+        if data.base_lin and self._view is not None:
+            rows = self._view.block_rows(data.base_lin, first, last - 1)
+            data.before = {number: row.locs for number, row in rows.items()}
+        if self._adopted is not None:
+            data.offered = self._adopted(data.status)
+
+    def _blocks(self, data: FileData, base: Base, start: int, old: bytes) -> None:
+        """Read the blocks of one base and place each: where it lay before, or in the packer."""
+        packer, block_size, seed = self._packer, self._block_size, self._seed
+        size, offered = data.status.size, data.offered.get(base.number, b"")
+        for index in range(len(base.records)):
+            offset = (start + index) * block_size
+            length = min(block_size, size - offset)
+            if not data.has_data(start + index, 1, block_size):
+                hole(base, index)
+                continue
+            used = packer.used
+            target = packer.buffer[used : used + length]
+            got = os.preadv(data.fd, [target], offset)
+            if got != length:
+                got = _read_on(data.fd, target, offset, got)
+                data.torn |= got != length
+                target[got:] = bytes(length - got)
+            self.bytes_read += got
+            digest = xxhash.xxh3_128_digest(target, seed)
+            place = slice(index * LOCATION.size, (index + 1) * LOCATION.size)
+            if _is_block(old[place], length, digest):
+                base.records[index] = old[place]
+            elif offered and _is_block(offered[place], length, digest):
+                base.records[index] = offered[place]
+                self.packs_adopted.add(offered[place][:16])
+            else:
+                packer.keep(base, index, length, digest)
+
+    def read_new_small(self, fd: int, size: int, lin: int) -> list[Base] | None:
+        """Read a file of one block of which nothing is known; None when it is not that long."""
+        packer = self._packer
+        used = packer.used
+        target = packer.buffer[used : used + size]
+        if os.preadv(fd, [target], 0) != size:
+            return None
+        self.bytes_read += size
+        base = Base(lin, 0, [b""])
+        packer.keep(base, 0, size, xxhash.xxh3_128_digest(target, self._seed))
+        return [base]
+
+
+def _is_block(record: bytes, length: int, digest: bytes) -> bool:
+    """Whether a location record is that of a block of this length and digest."""
+    return record[_DIGEST:] == digest and record[_LENGTH:_DIGEST] == length.to_bytes(4, "little")
+
+
+def _read_on(fd: int, target: memoryview, offset: int, got: int) -> int:
+    """Go on after a short read, to the end of ``target`` or the file; returns all bytes read."""
+    while got < len(target):
+        step = os.preadv(fd, [target[got:]], offset + got)
+        if not step:
+            break
+        got += step
+    return got
