@@ -5,8 +5,9 @@ Workers are forked, but only from a server process that imported the modules and
 fork, imports are paid for once, and the pages of the interpreter are shared between workers. Each
 worker then opens the repository for itself from what came over a pipe.
 
-The server ends when the process that started it does, and a worker asks the kernel to be killed
-with the server, so that nothing is left behind when the coordinator is killed.
+A worker ends when the coordinator does, however that ends: a thread of its own waits for that. The
+server does not end before its last worker (they hold its pipe open), and a worker asks the kernel
+to be killed with the server, so that nothing is left behind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from cloudfs.store.open import StoreOptions, open_store
 
 PRELOAD = ["cloudfs.backup.worker", "cloudfs.restore.worker"]
 _PR_SET_PDEATHSIG = 1
+_QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
+"""When the coordinator is killed, the interpreter's helper would tell the user of semaphores."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def _start(given: WorkerOpening) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
         os._exit(1)  # the server died before the line above took effect
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     # Workers make many small values and hardly any cycles: what was imported need never be looked
     # at again, and the rest seldom.
     gc.freeze()
@@ -69,10 +74,20 @@ def _start(given: WorkerOpening) -> None:
     _repository = open_for_worker(given)
 
 
+def _end_with_parent() -> None:
+    """End this process when the coordinator has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only to be called in a worker"
+    parent.join()
+    os._exit(1)
+
+
 def worker_pool(workers: int, given: WorkerOpening) -> ProcessPoolExecutor:
     """A pool of processes that hold the repository open."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    if _QUIET_TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET_TRACKER)  # handed down to helpers when they are started
     # A worker would otherwise import the program's main module, which it has no use for.
     main = sys.modules["__main__"]
     kept = main.__dict__.pop("__file__", None)
