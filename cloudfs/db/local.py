@@ -38,29 +38,31 @@ class LocalState:
         """Where the state of syncs of one policy lies (see :mod:`cloudfs.db.state`)."""
         return self.state_dir / "policies" / f"{repository_id[:16]}-{policy_id[:16]}"
 
-    def _seen_path(self, policy_id: str) -> Path:
-        return self.state_dir / "seen" / policy_id
+    def _seen_path(self, repository_id: str, policy_id: str) -> Path:
+        # By both: a policy that is sent to another repository begins anew there.
+        return self.state_dir / "seen" / f"{repository_id}-{policy_id}"
 
-    def check_seen(self, policy_id: str, number: int, url: str) -> None:
+    def check_seen(self, repository_id: str, policy_id: str, number: int, url: str) -> None:
         """Raise RolledBack when this machine has seen a newer manifest than ``number``."""
-        seen = self.seen(policy_id)
+        seen = self.seen(repository_id, policy_id)
         if number < seen:
             raise RolledBack(
                 f"{url} offers an older state of its backups (manifest {number}) than this machine"
                 f" has seen (manifest {seen}): it was rolled back or replayed. If you restored the"
-                f" store to an older state on purpose, delete {self._seen_path(policy_id)}."
+                f" store to an older state on purpose, delete"
+                f" {self._seen_path(repository_id, policy_id)}."
             )
 
-    def seen(self, policy_id: str) -> int:
+    def seen(self, repository_id: str, policy_id: str) -> int:
         """The number of the newest manifest that this machine has seen; 0 for none."""
         try:
-            return int(self._seen_path(policy_id).read_text())
+            return int(self._seen_path(repository_id, policy_id).read_text())
         except (OSError, ValueError):
             return 0
 
-    def remember_seen(self, policy_id: str, number: int) -> None:
+    def remember_seen(self, repository_id: str, policy_id: str, number: int) -> None:
         """Remember the newest manifest. Atomic; not fsynced (an older memory only allows more)."""
-        path = self._seen_path(policy_id)
+        path = self._seen_path(repository_id, policy_id)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         temporary.write_text(str(number))

@@ -72,13 +72,13 @@ class History:
             elif kind == "manifest":
                 newest = max(newest, number)
         local = self.repository.local
-        local.check_seen(self.policy.id, newest, self.url)
+        local.check_seen(self.repository.id, self.policy.id, newest, self.url)
         if newest < self.manifest.number:
-            local.check_seen(self.policy.id, self.manifest.number, self.url)
+            local.check_seen(self.repository.id, self.policy.id, self.manifest.number, self.url)
         if newest <= self.manifest.number:
             return False
         self.manifest = self._read(newest)
-        local.remember_seen(self.policy.id, newest)
+        local.remember_seen(self.repository.id, self.policy.id, newest)
         return True
 
     def _read(self, number: int) -> Manifest:
@@ -112,7 +112,7 @@ class History:
                     " Nothing was changed by this sync; run it again."
                 ) from None
         self.manifest = manifest
-        self.repository.local.remember_seen(self.policy.id, manifest.number)
+        self.repository.local.remember_seen(self.repository.id, self.policy.id, manifest.number)
         self._drop_old()
 
     def _drop_old(self) -> None:
