@@ -76,7 +76,10 @@ class PolicyFiles:
                 f'{path}, line {line}: the name is "{policy.name}" but the file is {path.name};'
                 " give both the same."
             )
-        _check_excludes(policy.excludes, text, path)
+        bad = bad_pattern(policy.excludes)
+        if bad is not None:
+            line = _line(text, "excludes", bad)
+            raise UsageError(f'{path}, line {line}: "{bad}" is no pattern as in .gitignore.')
         return PolicyFile(policy, text, path)
 
     def only(self) -> str:
@@ -99,7 +102,7 @@ class PolicyFiles:
     # -- changing --------------------------------------------------------------------------------
 
     def prepare(self, name: str) -> None:
-        """See that a new policy of this name can be written, before anything else is done."""
+        """See that a policy of a new name can be written, before anything else is done."""
         path = self.path(name)
         if self.exists(name):
             raise UsageError(f"there is a policy {name} already, at {path}; change it with `set`.")
@@ -112,7 +115,6 @@ class PolicyFiles:
     def create(self, policy: Policy, mode: int, owner: tuple[int, int]) -> PolicyFile:
         """Write a new policy's file. Durable when it returns."""
         path, text = self.path(policy.name), format_policy(policy)
-        _check_excludes(policy.excludes, text, path)
         _replace(path, text, mode, owner)
         return PolicyFile(policy, text, path)
 
@@ -120,7 +122,6 @@ class PolicyFiles:
         """Change what a file says, keeping comments, owner and mode. Durable when it returns."""
         self.check_may_change(old.path)
         text = edit_policy(old.text, policy, str(old.path))
-        _check_excludes(policy.excludes, text, old.path)
         status = old.path.stat()
         try:
             _replace(old.path, text, status.st_mode & 0o7777, (status.st_uid, status.st_gid))
@@ -158,17 +159,16 @@ class PolicyFiles:
         )
 
 
-def _check_excludes(patterns: Iterable[str], text: str, path: Path) -> None:
+def bad_pattern(patterns: Iterable[str]) -> str | None:
+    """The first pattern that is none, or None."""
     for pattern in patterns:
         import pathspec
 
         try:
             pathspec.GitIgnoreSpec.from_lines([pattern])
         except ValueError:
-            raise UsageError(
-                f'{path}, line {_line(text, "excludes", pattern)}: "{pattern}" is no pattern'
-                " as in .gitignore."
-            ) from None
+            return pattern
+    return None
 
 
 def _line(text: str, key: str, value: str = "") -> int:

@@ -14,6 +14,7 @@ import msgspec
 from cloudfs.cli import options
 from cloudfs.cli.app import App, Place, check_name_is_free
 from cloudfs.cli.output import quote_path
+from cloudfs.cli.policies import bad_pattern
 from cloudfs.core.errors import CloudfsError, NoRepository, SourceError, UsageError
 from cloudfs.core.policy import KEYS, Policy, parse_policy, read_value
 
@@ -102,6 +103,10 @@ def _check(new: Policy) -> None:
             raise SourceError(f"the source {shown} does not exist. Nothing was done.")
         if not os.path.isdir(source):
             raise SourceError(f"the source {shown} is not a directory. Name a directory.")
+    bad = bad_pattern(new.excludes)
+    if bad is not None:
+        raise UsageError(f'--exclude: "{bad}" is no pattern as in .gitignore.')
+    for source in new.sources:
         _check_not_within(new, source)
     from cloudfs.store.open import parse_url
 
@@ -122,7 +127,7 @@ def _check_not_within(new: Policy, source: str) -> None:
         if spec.match_file(os.path.relpath(place, top) + "/"):
             return
     below = os.path.relpath(place, top)
-    hint = "Choose another place." if place == top else f"Exclude it: --exclude /{below}"
+    hint = "Choose another place." if place == top else f"Exclude it: `--exclude /{below}`"
     raise UsageError(
         f"the repository {new.repository} lies within the source {quote_path(os.fsencode(source))}"
         f" and would back itself up. {hint}"
