@@ -166,17 +166,17 @@ def test_again_and_again(home: Machine, tree: Path) -> None:
 
 
 def _large_tree(tree: Path) -> None:
-    for index in range(8):
-        with (tree / f"large{index}").open("wb") as file:
-            for _ in range(8):
-                file.write(os.urandom(8 << 20))
+    """More than two workers are given at once, so that something is left to be stopped."""
+    data = os.urandom(8 << 20)
+    for index in range(6):
+        (tree / f"large{index}").write_bytes(data * 8)
 
 
 def test_interrupted_once_it_stops_cleanly_and_the_next_sync_completes(
     home: Machine, tree: Path
 ) -> None:
     _large_tree(tree)
-    with home.start("sync", "--json", "--upload-limit", "20 MB") as process:
+    with home.start("sync", "--json", "--workers", "2", "--upload-limit", "60 MB") as process:
         assert process.stdout is not None
         while '"packing"' not in process.stdout.readline():
             assert process.poll() is None
