@@ -33,20 +33,28 @@ def check_names(parent: int, entries: Sequence[Entry]) -> None:
 
 def check_meta(meta: Meta, type_of_entry: int) -> None:
     """Raise Damaged unless this can be the metadata of what a name calls of this type."""
-    sound = (
-        meta.type == type_of_entry
-        and meta.type in _TYPES
-        and 0 <= meta.mode <= 0o7777
+    if meta.type == ItemType.REGULAR == type_of_entry and 0 < meta.block_size <= MAX_BLOCK:
+        sound = _sound(meta)
+    else:
+        sound = (
+            meta.type == type_of_entry
+            and meta.type in _TYPES
+            and (meta.type != ItemType.REGULAR or not meta.size)
+            and b"\0" not in meta.target
+            and _sound(meta)
+        )
+    if not sound:
+        raise Damaged(f"the tables are damaged (the metadata of LIN {meta.lin} cannot be).")
+
+
+def _sound(meta: Meta) -> bool:
+    return (
+        0 <= meta.mode <= 0o7777
         and 0 <= meta.uid <= _MAX_ID
         and 0 <= meta.gid <= _MAX_ID
         and 0 <= meta.size <= _MAX_63
         and -_MAX_63 <= meta.mtime_ns <= _MAX_63
         and 0 <= meta.rdev <= _MAX_63
         and 0 <= meta.flags < 1 << 32
-        and 0 <= meta.block_size <= MAX_BLOCK
-        and (meta.block_size > 0 or meta.type != ItemType.REGULAR or not meta.size)
-        and b"\0" not in meta.target
-        and not any(b"\0" in name for name in meta.xattrs or ())
+        and (meta.xattrs is None or not any(b"\0" in name for name in meta.xattrs))
     )
-    if not sound:
-        raise Damaged(f"the tables are damaged (the metadata of LIN {meta.lin} cannot be).")

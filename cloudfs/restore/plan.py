@@ -77,22 +77,24 @@ class Planner:
                 if row.lin == lin and row.locs:
                     bases.append((row.base, row.locs))
                 row = next(blocks, None)
+            self._count(place[0], place[1], meta)
             self._add(place[0], place[1], meta, bases)
         for lin in (*places, *index_of):
             raise Damaged(f"the tables are damaged (LIN {lin} has a name but no metadata).")
 
     def _add(self, directory: int, name: bytes, meta: Meta, bases: list[tuple[int, bytes]]) -> None:
-        if meta.type != ItemType.REGULAR:
-            bases = []
-        self._count(directory, name, meta)
-        frames, data = _frames(bases)
-        if frames:
-            self._at = frames[0][:2]
-            if data * meta.block_size > WHOLE_BYTES or _far_apart(frames):
-                self._split(directory, name, meta, bases)
-                return
+        frames: Sequence[Frame] = ()
+        size = 0
+        if bases and meta.type == ItemType.REGULAR:
+            frames, blocks = _frames(bases)
+            size = min(blocks * meta.block_size, meta.size)
+            if frames:
+                self._at = frames[0][:2]
+                if size > WHOLE_BYTES or (len(frames) > 1 and _far_apart(frames)):
+                    self._split(directory, name, meta, bases)
+                    return
         # What has no blocks goes with its neighbours, whose directory is open.
-        self._put(self._at, data * meta.block_size, frames, Item(directory, name, meta, bases))
+        self._put(self._at, size, frames, Item(directory, name, meta, bases))
 
     def _count(self, directory: int, name: bytes, meta: Meta) -> None:
         totals = self._plan.totals
@@ -138,8 +140,6 @@ class Planner:
 
 def _frames(bases: list[tuple[int, bytes]]) -> tuple[Sequence[Frame], int]:
     """The frames of a file in the order of its blocks, and how many blocks have data."""
-    if not bases:
-        return (), 0
     if len(bases) == 1 and len(bases[0][1]) == LOCATION.size:
         fields = LOCATION.unpack(bases[0][1])  # most files have a single block
         if fields[0] == NO_PACK:
@@ -166,8 +166,6 @@ def _check_frame(length: int) -> None:
 
 
 def _far_apart(frames: Sequence[Frame]) -> bool:
-    if len(frames) == 1:
-        return False
     low = min(frame[1] for frame in frames)
     high = max(frame[1] + frame[2] for frame in frames)
     return high - low > MAX_SPAN or any(frame[0] != frames[0][0] for frame in frames)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import time
 from collections import Counter
@@ -76,7 +77,8 @@ class _Restore:
         stats = self._view.record.stats
         if job.path == b"/" and (stats.files >= POOL_ITEMS or stats.bytes_total >= POOL_BYTES):
             self._start_pool()
-        plan = make_plan(self._view, job.path, self._workers)
+        with _without_collections():
+            plan = make_plan(self._view, job.path, self._workers)
         result.totals = totals = plan.totals
         if not job.dry_run:
             if totals.items >= POOL_ITEMS or totals.size >= POOL_BYTES:
@@ -186,6 +188,19 @@ class _Restore:
         """End the pool."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """A plan is many small values without cycles: looking for cycles among them takes a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.freeze()
+            gc.enable()
 
 
 # -- the target ----------------------------------------------------------------------------------
