@@ -1,0 +1,195 @@
+"""A state machine: random changes to a tree, syncs in between, every snapshot as the tree was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as hs
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from cloudfs.backup import dispatch
+from tests.engine.rig import Rig, contents_of_tree, difference
+
+NAMES = hs.sampled_from([b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8])
+PLACES = hs.lists(NAMES, min_size=1, max_size=3)
+SIZES = hs.sampled_from([0, 1, 4095, 4096, 4097, 9000, 40_000, 300_000, 4096 * 64 + 5])
+SEEDS = hs.integers(0, 2**32)
+
+
+class Tree(RuleBasedStateMachine):
+    """Operations on a real directory; what the tree was at each sync is kept and compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = Path(tempfile.mkdtemp(prefix="cloudfs-machine-", dir="/dev/shm"))
+        self.rig = Rig(self.base)
+        self.models: dict[int, dict[bytes, object]] = {}
+
+    def path(self, parts: list[bytes]) -> bytes:
+        return os.path.join(os.fsencode(self.rig.tree), *parts)
+
+    @rule(parts=PLACES, size=SIZES, seed=SEEDS)
+    def write(self, parts: list[bytes], size: int, seed: int) -> None:
+        path = self.path(parts)
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if os.path.exists(path) and not os.path.isfile(path):
+                return  # opening a fifo would wait for somebody to read it
+            with open(path, "wb") as file:
+                file.write(random.Random(seed).randbytes(size))
+
+    @rule(parts=PLACES, size=SIZES, seed=SEEDS, offset=SIZES)
+    def overwrite(self, parts: list[bytes], size: int, seed: int, offset: int) -> None:
+        if not os.path.isfile(self.path(parts)):
+            return
+        with contextlib.suppress(OSError), open(self.path(parts), "r+b") as file:
+            file.seek(offset)
+            file.write(random.Random(seed).randbytes(min(size, 5000)))
+
+    @rule(parts=PLACES, size=SIZES)
+    def truncate(self, parts: list[bytes], size: int) -> None:
+        with contextlib.suppress(OSError):
+            if not os.path.islink(self.path(parts)):
+                os.truncate(self.path(parts), size)
+
+    @rule(parts=PLACES, size=SIZES)
+    def change_keeping_mtime(self, parts: list[bytes], size: int) -> None:
+        path = self.path(parts)
+        if not os.path.isfile(path):
+            return
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            before = os.fstat(file.fileno())
+            file.write(b"changed" + bytes([size % 256]))
+            file.flush()
+            os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    @rule(a=PLACES, b=PLACES)
+    def rename(self, a: list[bytes], b: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            os.rename(self.path(a), self.path(b))
+
+    @rule(a=PLACES, b=PLACES)
+    def link(self, a: list[bytes], b: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            os.link(self.path(a), self.path(b), follow_symlinks=False)
+
+    @rule(parts=PLACES)
+    def remove(self, parts: list[bytes]) -> None:
+        path = self.path(parts)
+        with contextlib.suppress(OSError):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+
+    @rule(parts=PLACES, kind=hs.sampled_from(["dir", "link", "fifo", "device"]))
+    def replace(self, parts: list[bytes], kind: str) -> None:
+        self.remove(parts)
+        path = self.path(parts)
+        with contextlib.suppress(OSError):
+            if kind == "dir":
+                os.makedirs(path)
+            elif kind == "link":
+                os.symlink(b"target/" + parts[0], path)
+            elif kind == "fifo":
+                os.mkfifo(path)
+            else:
+                os.mknod(path, 0o20600, os.makedev(1, 3))
+
+    @rule(parts=PLACES, mode=hs.sampled_from([0o600, 0o755, 0o4711, 0o1777]), uid=hs.integers(0, 9))
+    def attributes(self, parts: list[bytes], mode: int, uid: int) -> None:
+        path = self.path(parts)
+        with contextlib.suppress(OSError):
+            os.chown(path, uid, uid + 1, follow_symlinks=False)
+            if not os.path.islink(path):
+                os.chmod(path, mode)
+
+    @rule(parts=PLACES, size=hs.sampled_from([0, 10, 5000]), remove=hs.booleans())
+    def xattr(self, parts: list[bytes], size: int, remove: bool) -> None:
+        path = self.path(parts)
+        with contextlib.suppress(OSError):
+            if remove:
+                os.removexattr(path, b"trusted.x", follow_symlinks=False)
+            else:
+                os.setxattr(path, b"trusted.x", b"v" * size, follow_symlinks=False)
+
+    @rule(parts=PLACES)
+    def storm(self, parts: list[bytes]) -> None:
+        """Inodes come and go, and their numbers are used again."""
+        directory = self.path(parts)
+        with contextlib.suppress(OSError):
+            os.makedirs(directory, exist_ok=True)
+            for turn in range(3):  # names that no other rule uses, so no fifo is among them
+                for number in range(5):
+                    with open(os.path.join(directory, b"s%d" % number), "wb") as file:
+                        file.write(b"%d" % turn * number)
+                for number in range(turn, 5):
+                    os.unlink(os.path.join(directory, b"s%d" % number))
+
+    @rule()
+    def lose_local_state(self) -> None:
+        self.rig.forget_local()
+
+    @rule(force=hs.booleans())
+    def sync(self, force: bool) -> None:
+        result = self.rig.sync(force=force)
+        assert not result.unreadable
+        model = contents_of_tree(self.rig.tree)
+        if result.snapshot is not None:
+            self.models[result.snapshot.number] = model
+        last = max(self.models)
+        assert not difference(self.models[last], model), "a change was missed"
+        assert not difference(self.rig.contents(last), model)
+
+    def teardown(self) -> None:
+        try:
+            if self.models:
+                self.sync(False)
+            for number, model in self.models.items():
+                assert not difference(self.rig.contents(number), model), f"snapshot {number}"
+        finally:
+            self.rig.repository.local.close()
+            shutil.rmtree(self.base)
+
+
+def hunt(examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        Tree,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
+
+
+def test_snapshots_are_what_the_tree_was() -> None:
+    hunt(40, 40)
+
+
+@pytest.mark.long
+def test_snapshots_are_what_the_tree_was_for_long() -> None:
+    hunt(1500, 100)
+
+
+def test_snapshots_are_what_the_tree_was_with_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same through worker processes, for every sync."""
+    monkeypatch.setattr(dispatch, "INLINE_WORK", 0)
+    rig_workers = 2
+    original = Rig.settings
+
+    def with_workers(self: Rig):
+        self.workers = rig_workers
+        return original(self)
+
+    monkeypatch.setattr(Rig, "settings", with_workers)
+    hunt(4, 25)
