@@ -135,7 +135,7 @@ def main() -> int:
 def _let_go() -> None:
     """No longer use the terminal and pipes of the command."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
+    for fd in (2, 0, 1):  # the command goes on as soon as 1 is closed
         os.dup2(null, fd)
     os.close(null)
 

@@ -35,6 +35,7 @@ from cloudfs.fuse.listing import Listing
 from cloudfs.fuse.patience import WouldBlock
 from cloudfs.fuse.reading import OpenFile, Piece
 from cloudfs.fuse.tree import Branch, Tree
+from cloudfs.fuse.turns import TASKS, Turns
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class View(pyfuse3.Operations):
         self._refreshed: dict[Branch, float] = dict.fromkeys(tree.branches, clock_s())
         self._refreshing: dict[Branch, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
+        self.turns = Turns()
         self._complaint = ""
         self._next_handle = 1
         self._files: dict[int, OpenFile] = {}
@@ -121,7 +123,8 @@ class View(pyfuse3.Operations):
         """Answer the kernel until the mount ends."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            await pyfuse3.main()
+            self.turns.install()
+            await pyfuse3.main(max_tasks=TASKS)
             nursery.cancel_scope.cancel()
 
     async def _ask(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -129,7 +132,11 @@ class View(pyfuse3.Operations):
         try:
             return question(*args)
         except WouldBlock:
-            return await _in_thread(question, *args)
+            return await self._in_thread(question, *args)
+
+    async def _in_thread(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
+        with self.turns.away():
+            return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=True)
 
     def _handle(self) -> int:
         self._next_handle += 1
@@ -166,12 +173,12 @@ class View(pyfuse3.Operations):
                 assert self._nursery is not None
                 done = self._refreshing[branch] = trio.Event()
                 self._nursery.start_soon(self._refresh, branch, done)
-            with trio.move_on_after(REFRESH_WAIT_S):
+            with self.turns.away(), trio.move_on_after(REFRESH_WAIT_S):
                 await done.wait()
 
     async def _refresh(self, branch: Branch, done: trio.Event) -> None:
         try:
-            await _in_thread(self._tree.refresh, branch)
+            await self._in_thread(self._tree.refresh, branch)
         except CloudfsError as error:
             self.complain(f"Looking for new snapshots failed: {error}")
         except Exception:
@@ -294,7 +301,7 @@ class View(pyfuse3.Operations):
         try:
             found = opened.read(off, size, wait=False)
         except WouldBlock:
-            found = await _in_thread(opened.fetch, off, size)
+            found = await self._in_thread(opened.fetch, off, size)
         if opened.wants_ahead(off, size):
             try:
                 opened.read_ahead()
@@ -305,7 +312,7 @@ class View(pyfuse3.Operations):
 
     async def _read_ahead(self, opened: OpenFile) -> None:
         try:
-            await _in_thread(opened.read_ahead)
+            await self._in_thread(opened.read_ahead)
         except CloudfsError:
             pass  # the reader will meet it, and say so
 
@@ -327,7 +334,7 @@ class View(pyfuse3.Operations):
         if inode >> LIN_BITS:
             own = MadeUpAttribute.by_name(name)
             if own is not None or meta.streams:
-                found = await _in_thread(attribute, self._tree, inode, meta, name)
+                found = await self._in_thread(attribute, self._tree, inode, meta, name)
             else:
                 found = (meta.xattrs or {}).get(name)
         if found is None:
@@ -341,7 +348,7 @@ class View(pyfuse3.Operations):
         if not meta.streams:
             names = list(meta.xattrs or ())
         else:
-            names = await _in_thread(own_attributes, self._tree, inode, meta)
+            names = await self._in_thread(own_attributes, self._tree, inode, meta)
         return names
 
     # -- the whole -------------------------------------------------------------------------
@@ -362,10 +369,6 @@ class View(pyfuse3.Operations):
         data.f_files = items
         data.f_namemax = NAME_MAX
         return data
-
-
-async def _in_thread(question: Callable[[*Ts], T], *args: *Ts) -> T:
-    return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=True)
 
 
 def _attributes(timeout_s: float) -> EntryAttributes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cloudfs.core.rows import ItemType
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.inodes import split
 from cloudfs.fuse.mount import READ_AHEAD_KIB
+from cloudfs.fuse.turns import TASKS
 from tests.fuse.compare import assert_same, make_odd_tree
 from tests.fuse.conftest import BLOCK, Bench, wait_until
 
@@ -166,6 +168,21 @@ def test_large_files_are_read_whole_and_in_pieces(bench: Bench, mnt: Path, tmp_p
             for offset in (25 << 20, 3, (7 << 20) - 1, BLOCK * 64 - 5, len(data) - 10, len(data)):
                 assert os.pread(opened.fileno(), 100_000, offset) == data[offset:][:100_000]
         assert file.read_bytes() == data
+
+
+def test_many_readers_at_once(bench: Bench, mnt: Path, tmp_path: Path) -> None:
+    """More of them than questions are worked on at a time."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    content = {f"{number}": os.urandom(300_000) for number in range(100)}
+    for name, data in content.items():
+        (tree / name).write_bytes(data)
+    bench.sync(tree)
+    with bench.mounted(mnt), ThreadPoolExecutor(3 * TASKS) as readers:
+        names = list(content) * 2
+        found = readers.map(lambda name: (mnt / "latest" / name).read_bytes(), names)
+        for name, data in zip(names, found, strict=True):
+            assert data == content[name]
 
 
 def test_several_policies_have_a_directory_each(bench: Bench, mnt: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cloudfs.fuse.listing import BATCH, SnapshotListing
 from cloudfs.fuse.patience import PatientStore, WouldBlock
 from cloudfs.fuse.reading import OpenFile
 from cloudfs.fuse.tree import Tree
+from cloudfs.fuse.turns import HOOK
 from cloudfs.fuse.view import View
 from cloudfs.repo.history import History
 from cloudfs.repo.repository import Repository
@@ -185,6 +186,11 @@ def test_no_exception_leaves_a_handler(
     assert caplog.record_tuples == [
         ("cloudfs.fuse.view", logging.ERROR, "segment 5 is damaged (cut short).")
     ]
+
+
+def test_pyfuse3_still_has_what_turns_replaces() -> None:
+    """Without it all works, but a quarter more slowly; an upgrade that drops it must be noticed."""
+    assert hasattr(pyfuse3, HOOK)
 
 
 def test_flush_is_answered_once_for_all(bench: Bench, tmp_path: Path) -> None:
