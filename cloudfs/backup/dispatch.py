@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 
@@ -22,9 +23,10 @@ from cloudfs.repo.pool import WorkerOpening, worker_pool
 from cloudfs.source.scan import ScanOutcome, ScanPart
 
 INLINE_WORK = 32 << 20
-FIRST_WORK = 64 << 20
-MIN_WORK = 48 << 20
-MAX_WORK = 192 << 20
+FIRST_WORK = 128 << 20
+MIN_WORK = 96 << 20
+MAX_WORK = 256 << 20
+POLL_S = 0.2
 
 _DIED = "a worker process died (out of memory?). What it stored is used by the next sync."
 
@@ -78,12 +80,16 @@ class Dispatcher:
             yield msgspec.msgpack.decode(self._result(future), type=ScanOutcome)
 
     def feed(self, queue: WorkQueue, *, walking: bool) -> Iterator[Done]:
-        """Start what can be started; yields what is done. Blocks only when not ``walking``."""
+        """Start what can be started; yields what is done.
+
+        Waits only when not ``walking``, and never longer than POLL_S, so that whoever feeds can
+        look whether it is to stop.
+        """
         if queue.work > INLINE_WORK:
             self.start_pool()
         if self._pool is None:
             # Too little to say yet, or so little that a pool would cost more than it saves.
-            while not walking and queue:
+            if not walking and queue:
                 yield self._worker.pack(self._assignment(queue, MAX_WORK))
             return
         while (
@@ -98,7 +104,7 @@ class Dispatcher:
 
     def _collect(self, *, block: bool) -> Iterator[Done]:
         if self._running:
-            timeout = None if block else 0
+            timeout = POLL_S if block else 0
             done, self._running = wait(self._running, timeout, FIRST_COMPLETED)
             for future in done:
                 yield msgspec.msgpack.decode(self._result(future), type=Done)
@@ -124,6 +130,12 @@ class Dispatcher:
             raise CloudfsError(_DIED) from None
 
     def close(self, *, cancel: bool) -> None:
-        """End the pool; with ``cancel`` without waiting for what has not begun."""
+        """End the pool; with ``cancel`` at once, whatever is under way.
+
+        A worker may be ended anywhere: a pack is stored whole or not at all.
+        """
         if self._pool is not None:
+            if cancel:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             self._pool.shutdown(wait=True, cancel_futures=cancel)

@@ -257,6 +257,7 @@ class _Sync:
             self._state.amend(self._snapshot, walk.changed)
             self._state.save_head(self._head(self._state.head.manifest, walk, amended=True))
             return self._result(None, walk)
+        self._check_stop()
         self._events.phase("committing")
         publisher = Publisher(self._history, self._lease, self._packing)
         publisher.store_rows(own_rows, collected)
