@@ -223,6 +223,8 @@ class SnapshotView:
         found = dict(meta.xattrs or {})
         if meta.streams:
             for entry in self.entries(meta.lin):
+                if entry.type != ItemType.STREAM:
+                    continue  # the names in a directory stand among them
                 stream = self.need(entry.lin)
                 if stream.size > MAX_LARGE_XATTR:
                     raise Damaged(f"the tables are damaged (attribute of {stream.size} bytes).")
