@@ -29,7 +29,8 @@ def lay_out(start: int, entries: Callable[[int], Sequence[Entry]]) -> Layout:
     links: list[Link] = []
     order = [start]
     for index, parent in enumerate(order):
-        found = entries(parent)
+        # Large attributes of the directory stand among the names in it.
+        found = [entry for entry in entries(parent) if entry.type != ItemType.STREAM]
         check_names(parent, found)
         for entry in found:
             lin = entry.lin

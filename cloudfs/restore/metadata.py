@@ -25,14 +25,15 @@ from functools import lru_cache
 
 from cloudfs.core.rows import ItemType, Meta
 from cloudfs.restore.values import LOCKING_FLAGS
+from cloudfs.source.inode import FS_IOC_GETFLAGS, KEPT_FLAGS
 
 OWNERS = ("id", "name", "none")
 """How owners are given: by their numbers, by their names where this machine knows them, or not."""
 
 ACL_ACCESS, ACL_DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
 _ACLS = (ACL_ACCESS, ACL_DEFAULT)
-_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
-_FLAGS = struct.Struct("=i4x")
+_FS_IOC_SETFLAGS = 0x40086602
+_FLAGS = struct.Struct("=I4x")
 _ROOT_KINDS = (b"trusted.", b"security.")
 
 Target = int | bytes
@@ -168,20 +169,18 @@ def set_flags(fd: int, flags: int, *, locking: bool) -> None:
 
     Without ``locking`` only those that let it still be changed.
     """
-    wanted = flags if locking else flags & ~LOCKING_FLAGS
+    wanted = flags & (KEPT_FLAGS if locking else KEPT_FLAGS & ~LOCKING_FLAGS)
     if not wanted:
         return
     try:
-        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, _FLAGS.pack(_signed(wanted)))
+        # The others belong to the file system, which takes no change of them.
+        now = _FLAGS.unpack(fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(_FLAGS.size)))[0]
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, _FLAGS.pack(now & ~KEPT_FLAGS | wanted))
     except OSError as error:
         reason = "the file system does not keep them"
         if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             reason = os.strerror(error.errno or errno.EIO).lower()
         raise OSError(error.errno, f"file flags: {reason}") from None
-
-
-def _signed(flags: int) -> int:
-    return flags - (1 << 32) if flags >= 1 << 31 else flags
 
 
 def forget_inherited(fd: int) -> None:

@@ -45,7 +45,7 @@ def _of_everything(view: SnapshotView, workers: int) -> Plan:
 def _whole_layout(view: SnapshotView) -> Layout:
     tree: dict[int, list[Entry]] = {}
     for entry in cast("Iterator[Entry]", view.rows(Table.ENTRIES)):
-        if entry.lin and entry.type != ItemType.STREAM:
+        if entry.lin:
             tree.setdefault(entry.parent, []).append(entry)
     return lay_out(ROOT_LIN, lambda lin: tree.pop(lin, ()))
 
