@@ -44,9 +44,11 @@ class Quiet:
 class Bench:
     """A directory with a repository and its local state; trees below it can be synced."""
 
-    def __init__(self, base: Path, url: str | None = None) -> None:
+    def __init__(
+        self, base: Path, url: str | None = None, options: StoreOptions | None = None
+    ) -> None:
         self.base = base
-        self.options = StoreOptions(retry_s=1.0)
+        self.options = options or StoreOptions(retry_s=1.0)
         self.url = url or f"file://{base}/repo"
         self.local = LocalState(base / "cache", base / "state")
         store = open_store(self.url, self.options)
@@ -97,8 +99,14 @@ class Bench:
     def mounted(self, mountpoint: Path, **changes: object) -> Iterator[Daemon]:
         """Mount at a directory, which is made if need be, and take it away at the end."""
         mountpoint.mkdir(exist_ok=True)
+        with self.serving(self.job(mountpoint, **changes)) as daemon:
+            yield daemon
+
+    @contextlib.contextmanager
+    def serving(self, job: MountJob) -> Iterator[Daemon]:
+        """Do a job, and end it at the end."""
         daemon = Daemon()
-        daemon.mount(self.job(mountpoint, **changes))
+        daemon.mount(job)
         try:
             yield daemon
         finally:
