@@ -146,8 +146,8 @@ class _Restore:
         """Do all parts, here or in the pool."""
         if self._pool is None:
             for part in parts:
+                yield worker.run(part, self._job.stopped)
                 self._check_stopped()
-                yield worker.run(part)
             worker.dresser.lost.clear()
             return
         encode, coded = msgspec.msgpack.encode, msgspec.msgpack.encode(context)
@@ -161,11 +161,11 @@ class _Restore:
             if not running:
                 return
             finished, running = wait(running, None, FIRST_COMPLETED)
-            self._check_stopped()
             for future in finished:
                 done = msgspec.msgpack.decode(self._outcome(future), type=Done)
                 self._result.requests += done.requests
                 yield done
+            self._check_stopped()
 
     @staticmethod
     def _outcome(future: Future[bytes]) -> bytes:

@@ -7,6 +7,7 @@ does not answer, the disk is full) ends the part.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from functools import cached_property
 
 import msgspec
@@ -82,15 +83,22 @@ class RestoreWorker:
         """All extended attributes of an item, large ones too. Raises Damaged, StoreError."""
         return self._view.xattrs(meta) if meta.streams else meta.xattrs
 
-    def run(self, part: Part) -> Done:
-        """Do one part. Raises StoreError, and OSError for what would fail for all items."""
+    def run(self, part: Part, stopped: Callable[[], bool] = lambda: False) -> Done:
+        """Do one part, or its beginning when it is ``stopped``, which is asked before each item.
+
+        Raises StoreError, and OSError for what would fail for all items.
+        """
         before = self._repository.store.counts()
         self.dresser.lost.clear()
         self.directories.use(part.directories)
         frames = Frames(self._history.reader, part.spans)
         failures: list[Failure] = []
         decode = _works.decode
+        items = 0
         for coded in part.works:
+            if stopped():
+                break
+            items += 1
             work = decode(coded)
             try:
                 if isinstance(work, Item):
@@ -101,7 +109,7 @@ class RestoreWorker:
                 failures.append(failure(work.directory, work.name, error))
         self.writer.close()
         requests = self._repository.store.counts() - before
-        return Done(part.items, part.size, failures, dict(self.dresser.lost), requests)
+        return Done(items, part.size, failures, dict(self.dresser.lost), requests)
 
     def close(self) -> None:
         """Close what is open, but not what is shared."""
