@@ -95,7 +95,9 @@ class DataReader:
                 continue
             base = new_base(data.lin, number, blocks)
             self._blocks(data, base, start, old)
-            if not (data.own and b"".join(base.records) == old):
+            # A record that is still empty waits for its frame: a block that was not there before.
+            kept = b"" not in base.records and b"".join(base.records) == old
+            if not (data.own and kept):
                 changed.append(base)
         if data.own:
             gone = sorted(number for number, old in data.before.items() if old)

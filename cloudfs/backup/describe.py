@@ -15,7 +15,7 @@ import xxhash
 
 from cloudfs.backup.packs import Packer, new_base
 from cloudfs.core.changes import item_type
-from cloudfs.core.rows import Entry, ItemType, Meta
+from cloudfs.core.rows import STREAM_PREFIX, Entry, ItemType, Meta
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import Status
 
@@ -60,7 +60,13 @@ class Describer:
         echo: bool = False,
     ) -> None:
         regular = st.S_ISREG(status.mode)
-        streams = self._split_streams(lin, xattrs) if xattrs else False
+        old = None
+        if self._view is not None and lin < self._first_new_lin and not echo:
+            old = self._view.meta(lin)
+        streams = False
+        if xattrs or (old is not None and old.streams):
+            xattrs = dict(xattrs or {})
+            streams = self._split_streams(lin, xattrs, old)
         meta = Meta(
             lin,
             self._snapshot,
@@ -89,11 +95,8 @@ class Describer:
         if echo:
             self._packer.rows.echoes.append(meta)
             return
-        if self._view is not None and lin < self._first_new_lin and not streams:
-            old = self._view.meta(lin)
-            if old is not None and _alike(old, meta):
-                return
-        self._packer.rows.metas.append(meta)
+        if old is None or not _alike(old, meta):
+            self._packer.rows.metas.append(meta)
 
     def _user(self, uid: int) -> str:
         name = self._users.get(uid)
@@ -115,24 +118,27 @@ class Describer:
             self._groups[gid] = name
         return name
 
-    def _split_streams(self, lin: int, xattrs: dict[bytes, bytes]) -> bool:
+    def _split_streams(self, lin: int, xattrs: dict[bytes, bytes], old: Meta | None) -> bool:
         """Move extended attributes too large for a row into items of their own."""
         large = {name: value for name, value in xattrs.items() if len(value) > INLINE_XATTR}
         before: dict[bytes, Entry] = {}
-        if self._view is not None and lin < self._first_new_lin:
-            old = self._view.meta(lin)
-            if old is not None and old.streams:
-                before = {entry.name: entry for entry in self._view.entries(lin)}
+        values: dict[bytes, bytes] = {}
+        if old is not None and old.streams and self._view is not None:
+            before = {entry.name: entry for entry in self._view.streams(lin)}
+            values = self._view.xattrs(old)
         kept = False
-        for name, value in large.items():
+        for xattr, value in large.items():
             if not self._spare:
                 continue  # more than any real file has: these stay in the row
-            del xattrs[name]
-            self._stream(lin, name, value)
-            before_entry = before.pop(name, None)
-            if before_entry is not None:
-                self._bury(before_entry)
+            del xattrs[xattr]
             kept = True
+            name = STREAM_PREFIX + xattr
+            replaced = before.pop(name, None)
+            if replaced is not None and values[xattr] == value:
+                continue
+            self._stream(lin, name, value)
+            if replaced is not None:
+                self._bury(replaced)
         for name, entry in before.items():
             self._bury(entry)
             self._packer.rows.entries.append(Entry(lin, name, self._snapshot, 0, 0))

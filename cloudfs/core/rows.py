@@ -92,6 +92,11 @@ class Entry(msgspec.Struct, array_like=True, gc=False):
     type: int
 
 
+STREAM_PREFIX = b"/"
+"""Large extended attributes lie as entries below their item, named by this and their name, as no
+file can be called."""
+
+
 class BlockRow(msgspec.Struct, array_like=True, gc=False):
     """Where the blocks of one base of one file lie, from one snapshot on.
 

@@ -306,8 +306,10 @@ class TreeDiff:
         metas: dict[int, Meta] = {}
         entries: list[Entry] = []
         dead: list[int] = []
-        for item in (item for items in self._vanished.values() for item in items):
-            if item.from_dead and item.parent in self._moved_dirs:
+        every = [item for items in self._vanished.values() for item in items]
+        gone = self._gone_directories(every)
+        for item in every:
+            if item.from_dead and item.parent not in gone:
                 continue  # its directory turned out to have moved; the visit there judged it
             if not item.replaced and not item.from_dead:
                 entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
@@ -320,6 +322,21 @@ class TreeDiff:
             metas[item.lin] = Meta(item.lin, snapshot, kind)
             self.tally.deleted += 1
         return [metas[lin] for lin in sorted(metas)], sorted(entries, key=_entry_order), dead
+
+    def _gone_directories(self, every: list[_Vanished]) -> set[int]:
+        """LINs of directories that are really gone, with all above them that vanished."""
+        gone: set[int] = set()
+        waiting = [item for item in every if item.stat.is_dir and item.lin not in self._alive]
+        # What went with a directory is gone only if that one is: from the top downwards.
+        while True:
+            more = [
+                item.lin
+                for item in waiting
+                if item.lin not in gone and (not item.from_dead or item.parent in gone)
+            ]
+            if not more:
+                return gone
+            gone.update(more)
 
 
 def _by_name(record: DirRecord) -> dict[bytes, tuple[int, Stat, int]]:

@@ -17,6 +17,7 @@ from cloudfs.core.rows import (
     BASE_BLOCKS,
     DELETED_TYPES,
     ROOT_LIN,
+    STREAM_PREFIX,
     BlockRow,
     Entry,
     ItemType,
@@ -101,11 +102,20 @@ class SnapshotView:
 
     def entries(self, parent: int) -> list[Entry]:
         """The names in a directory in force at this snapshot, in byte order."""
+        return [entry for entry in self._entries(parent) if entry.type != ItemType.STREAM]
+
+    def streams(self, lin: int) -> list[Entry]:
+        """The large extended attributes of an item; their names begin with STREAM_PREFIX."""
+        return [entry for entry in self._entries(lin) if entry.type == ItemType.STREAM]
+
+    def _entries(self, parent: int) -> list[Entry]:
         low, high = (parent,), (parent + 1,)
         if len(self._runs) == 1:
             rows = self._tables.between(self._runs[0], Table.ENTRIES, low, high)
             return [
-                row for row in cast("list[Entry]", list(newest_at(rows, self.number))) if row.lin
+                entry
+                for entry in cast("Iterator[Entry]", newest_at(rows, self.number))
+                if entry.lin
             ]
         found: dict[bytes, Entry] = {}
         for run in self._runs:
@@ -222,13 +232,12 @@ class SnapshotView:
         """All extended attributes of an item, the large ones read from their blocks."""
         found = dict(meta.xattrs or {})
         if meta.streams:
-            for entry in self.entries(meta.lin):
-                if entry.type != ItemType.STREAM:
-                    continue  # the names in a directory stand among them
+            for entry in self.streams(meta.lin):
                 stream = self.need(entry.lin)
                 if stream.size > MAX_LARGE_XATTR:
                     raise Damaged(f"the tables are damaged (attribute of {stream.size} bytes).")
-                found[entry.name] = self.blocks_reader.read(self, stream, 0, stream.size)
+                value = self.blocks_reader.read(self, stream, 0, stream.size)
+                found[entry.name.removeprefix(STREAM_PREFIX)] = value
         return found
 
     # -- whole tables ----------------------------------------------------------------------
