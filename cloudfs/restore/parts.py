@@ -10,7 +10,7 @@ import msgspec
 
 from cloudfs.restore.values import Directory, Frame, Part, Span
 
-MAX_SPAN = 16 << 20
+MAX_SPAN = 24 << 20
 MAX_GAP = 512 << 10
 """Bytes between two frames that are fetched for nothing rather than by a second request."""
 
