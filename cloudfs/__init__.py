@@ -1,3 +1,3 @@
-"""cloudfs: backups of file systems of any size in an object store, browsable as ordinary directories."""
+"""cloudfs: file systems of any size backed up in an object store, browsable as directories."""
 
 __version__ = "0.1.0"

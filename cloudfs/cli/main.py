@@ -25,8 +25,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "mount": ("mount:mount", "Browse backups as ordinary directories."),
     "umount": ("mount:umount", "Stop browsing."),
     "snapshots": ("snapshots:snapshots", "List snapshots."),
+    "ls": ("look:ls", "List a directory of a snapshot."),
+    "find": ("look:find", "Find items in snapshots by name."),
+    "cat": ("look:cat", "Write files of a snapshot to standard output."),
+    "diff": ("diff:diff", "Show what differs between two snapshots."),
     "restore": ("restore:restore", "Restore files and directories."),
     "status": ("status:status", "Show policies, their last snapshots, and mounts."),
+    "tables": ("tables:tables", "Print the tables that make up a policy's backups."),
     "key": ("key:key", "Add, remove, change and list passphrases and key files."),
     "completion": ("completion:completion", "Print the completion script of a shell."),
 }
