@@ -39,6 +39,8 @@ from cloudfs.store.base import Buffer
 
 SEGMENT_BYTES = 24 << 20
 _ROWS_AT_ONCE = 4096
+_SORTED_AT_ONCE = 256 * 1024
+"""Rows that are merged in memory; more of them are merged as streams."""
 
 
 @dataclass(slots=True)
@@ -108,10 +110,14 @@ class PageSpool:
                     break
             else:
                 streams.append([page])
-        rows = heap_merge(
-            *(self._rows(table, stream) for stream in streams), key=key_function(table)
-        )
-        yield from pages_of(table, rows)
+        sources = [self._rows(table, stream) for stream in streams]
+        if sum(page.rows for page in group) <= _SORTED_AT_ONCE:
+            # The sort finds the sorted pieces by itself and merges them in C.
+            everything = [row for source in sources for row in source]
+            everything.sort(key=key_function(table))
+            yield from encode_pages(table, everything)
+        else:
+            yield from pages_of(table, heap_merge(*sources, key=key_function(table)))
 
     def _rows(self, table: Table, pages: list[_Spooled]) -> Iterator[Row]:
         for page in pages:

@@ -182,6 +182,8 @@ class TreeDiff:
         old_index, old_stat, lin = old
         changed.lins[index] = lin
         first_name = True
+        if old_stat.nlink > 1:  # another name of it may have vanished
+            self._alive.add(lin)
         if stat.nlink > 1 and not stat.is_dir:
             self._alive.add(lin)
             key = (changed.scan.dev, stat.ino)
@@ -293,7 +295,8 @@ class TreeDiff:
     def _result(changed: _Changed) -> tuple[DirTask | None, int, DirRecord]:
         scan, runs = changed.scan, collapse(changed.lins)
         items, names = sorted(changed.items), sorted(changed.names)
-        bases = {index: lin for index, lin in changed.bases.items() if index in set(items)}
+        chosen = set(items)
+        bases = {index: lin for index, lin in changed.bases.items() if index in chosen}
         subdirs = [(name, changed.lins[index]) for index, name in scan.subdirs]
         record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
         if not items and not names:
