@@ -214,9 +214,19 @@ class _Sync:
                 walk.run(scan, 4 * dispatcher.workers, 4 * QUOTA)
             else:
                 walk.run(scan, 1, QUOTA)
+            if not self._job.dry_run:
+                self._step(walk, queue, dispatcher, walking=True)  # workers begin meanwhile
         self._events.phase("packing")
+        self._bury(walk)
         while not self._job.dry_run and (queue or dispatcher.busy):
             self._step(walk, queue, dispatcher, walking=False)
+
+    def _bury(self, walk: Walk) -> None:
+        """Store the coordinator's own rows: tombstones, a made-up root."""
+        metas, entries = walk.bury(self._snapshot)
+        rows: list[Meta | Entry] = [*walk.made_up, *metas, *entries]
+        if self._lease is not None and rows:
+            Publisher(self._history, self._lease, self._packing).store_rows(rows, self._collected)
 
     def _step(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, walking: bool) -> None:
         self._check_stop()
@@ -243,8 +253,6 @@ class _Sync:
     # -- after -----------------------------------------------------------------------------------
 
     def _conclude(self, walk: Walk) -> SyncResult:
-        metas, entries = walk.bury(self._snapshot)
-        own_rows: list[Meta | Entry] = [*walk.made_up, *metas, *entries]
         collected = self._collected
         collected.errors.extend(walk.errors)
         collected.errors.extend(
@@ -253,14 +261,13 @@ class _Sync:
         if self._lease is None:
             return self._result(None, walk)
         self._mark_unread()
-        if not (collected.spool or own_rows or walk.first or self._job.force):
+        if not (collected.spool or walk.first or self._job.force):
             self._state.amend(self._snapshot, walk.changed)
             self._state.save_head(self._head(self._state.head.manifest, walk, amended=True))
             return self._result(None, walk)
         self._check_stop()
         self._events.phase("committing")
         publisher = Publisher(self._history, self._lease, self._packing)
-        publisher.store_rows(own_rows, collected)
         adopted = [self._orphans[name] for name in sorted(collected.adopted & set(self._orphans))]
         manifest = publisher.publish(
             collected, adopted, walk.diff.next_lin, lambda: self._record(walk)
