@@ -47,16 +47,23 @@ class BlobCache:
             if not stamp.exists() or stamp.read_text() != today:
                 shutil.rmtree(directory / "blobs", ignore_errors=True)
                 stamp.write_text(today)
-            self._env = lmdb.open(
-                str(directory / "blobs"),
-                map_size=4 * self._limit + (64 << 20),
-                max_dbs=2,
-                sync=False,
-                mode=0o600,
-                max_readers=1024,
-            )
+            try:
+                self._env = self._open(directory / "blobs")
+            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+                shutil.rmtree(directory / "blobs", ignore_errors=True)
+                self._env = self._open(directory / "blobs")
             self._blobs = self._env.open_db(b"blobs")
             self._queue = self._env.open_db(b"queue", integerkey=False)
+
+    def _open(self, directory: Path) -> lmdb.Environment:
+        return lmdb.open(
+            str(directory),
+            map_size=4 * self._limit + (64 << 20),
+            max_dbs=2,
+            sync=False,
+            mode=0o600,
+            max_readers=1024,
+        )
 
     def get(self, key: bytes) -> bytes | None:
         """The bytes kept under ``key``, not verified."""

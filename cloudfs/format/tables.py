@@ -11,7 +11,8 @@ the offset where it stands. A *table file* is::
 
 A reader that knows the file's size and the length of footer and tail needs one read for the
 footer and one for each page. The tail is not sealed: what it says is believed only in that the
-footer found by it must open under the footer's own position.
+footer found by it must open under the footer's own position, and that the first page must stand
+where the tail says.
 """
 
 from __future__ import annotations
@@ -158,15 +159,19 @@ def read_tail(data: bytes, name: str) -> tuple[int, int]:
 
 def read_footer(sealer: Sealer, file_size: int, data: bytes) -> Footer:
     """The footer out of the last bytes of a file of ``file_size`` bytes. Raises Damaged."""
-    length, _ = read_tail(data, sealer.name)
+    length, whole = read_tail(data, sealer.name)
     if length > len(data) or length > file_size:
         raise Damaged(f"{sealer.name} is damaged (its footer is cut).")
     sealed = data[len(data) - length : len(data) - TAIL.size]
     coded = sealer.open(file_size - length, sealed)
     try:
-        return _footer_decoder.decode(envelope.decode(coded, sealer.name, MAX_FOOTER))
+        footer: Footer = _footer_decoder.decode(envelope.decode(coded, sealer.name, MAX_FOOTER))
     except (msgspec.DecodeError, msgspec.ValidationError):
         raise Damaged(f"{sealer.name} is damaged (its footer is no footer).") from None
+    starts = (ref.offset for section in footer.values() for ref in section.pages)
+    if min(starts, default=file_size - length) != file_size - whole:
+        raise Damaged(f"{sealer.name} is damaged (it does not end as it should).")
+    return footer
 
 
 def check_header(kind: Kind, data: bytes, name: str) -> None:

@@ -63,14 +63,9 @@ class History:
         One request, and one more when there is something new. Also notes the epochs of the leases
         that lie beside it. Raises RolledBack when the store offers an older one than was seen.
         """
-        self.leases, newest = [], 0
-        head = names.head(self.policy.id)
-        for info in self.repository.store.list(head, limit=HEAD_LIMIT):
-            kind, number = names.parse_head(self.policy.id, info.name) or ("", 0)
-            if kind == "lease":
-                self.leases.append(number)
-            elif kind == "manifest":
-                newest = max(newest, number)
+        newest, all_seen = self._look(HEAD_LIMIT)
+        if not newest and not all_seen:  # leases of dead syncs, or a stranger's objects, in front
+            newest, _ = self._look(None)
         local = self.repository.local
         local.check_seen(self.repository.id, self.policy.id, newest, self.url)
         if newest < self.manifest.number:
@@ -80,6 +75,18 @@ class History:
         self.manifest = self._read(newest)
         local.remember_seen(self.repository.id, self.policy.id, newest)
         return True
+
+    def _look(self, limit: int | None) -> tuple[int, bool]:
+        """List the head: the number of the newest manifest, 0 for none; whether that was all."""
+        self.leases, newest, count = [], 0, 0
+        for info in self.repository.store.list(names.head(self.policy.id), limit=limit):
+            count += 1
+            kind, number = names.parse_head(self.policy.id, info.name) or ("", 0)
+            if kind == "lease":
+                self.leases.append(number)
+            elif kind == "manifest":
+                newest = max(newest, number)
+        return newest, count != limit
 
     def _read(self, number: int) -> Manifest:
         name = names.manifest(self.policy.id, number)
@@ -147,14 +154,15 @@ class History:
                 f" `cloudfs sync {self.policy.name}` makes one."
             )
         word, _, back = spec.partition("~")
-        if word == "latest" and (back.isdigit() or not back):
-            steps = int(back or 0)
+        steps = _decimal(back) if back else 0
+        if word == "latest" and steps is not None:
             if steps >= len(self.snapshots):
                 raise NoRepository(f"{self.policy.name} has no {spec}; {self._hint()}")
             return self.snapshots[-1 - steps]
-        if spec.isdigit():
+        number = _decimal(spec)
+        if number is not None:
             for record in self.snapshots:
-                if record.number == int(spec):
+                if record.number == number:
                     return record
             raise NoRepository(f"{self.policy.name} has no snapshot {spec}; {self._hint()}")
         end_ns = _end_of(spec)
@@ -174,6 +182,13 @@ class History:
         self.reader.close()
 
 
+def _decimal(text: str) -> int | None:
+    """The number that ASCII digits are; None for anything else. Longer than any is as 10^18."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return int(text) if len(text) <= 18 else 10**18
+
+
 def _end_of(spec: str) -> int:
     """The moment in ns just after the time that ``spec`` names to its own precision."""
     for pattern, precision in (
@@ -185,9 +200,9 @@ def _end_of(spec: str) -> int:
     ):
         try:
             moment = datetime.strptime(spec, pattern) + precision
-        except ValueError:
+            return int(moment.timestamp()) * 1_000_000_000
+        except (ValueError, OverflowError):
             continue
-        return int(moment.timestamp()) * 1_000_000_000
     raise UsageError(
         f"{spec!r} names no snapshot: use latest, latest~2, a number, 2026-11-23 or"
         " 2026-11-23T10:12:03."

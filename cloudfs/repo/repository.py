@@ -190,8 +190,11 @@ class Repository:
         return added
 
     def _fresh_config(self) -> RepositoryConfig:
-        self.config = self.read_config(self.store)
-        return self.config
+        config = self.read_config(self.store)
+        if config.id != self.id:
+            raise Damaged(f"{self.url}: cloudfs.json is now that of another repository.")
+        self.config = config
+        return config
 
     def _write_config(self, wrapped: list[wrapping.WrappedKey]) -> None:
         config = msgspec.structs.replace(self.config, keys=wrapped)

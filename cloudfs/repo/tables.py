@@ -22,7 +22,15 @@ from cloudfs.core.rows import Key, Row, Table, key_function
 from cloudfs.db.cache import BlobCache
 from cloudfs.format import names
 from cloudfs.format.envelope import Keyring, Kind, Sealer
-from cloudfs.format.tables import Footer, Page, PageRef, Section, read_footer, sealed_rows
+from cloudfs.format.tables import (
+    Footer,
+    Page,
+    PageRef,
+    Section,
+    decode_page,
+    read_footer,
+    sealed_rows,
+)
 from cloudfs.store.base import Store
 
 MIN_SPAN = 128 << 10
@@ -170,41 +178,53 @@ class TableReader:
             section = self.section(segment, table)
             if section is None:
                 continue
-            sealer = self.sealer(segment)
-            for ref, sealed in self._stream(segment, section.pages):
-                yield from sealed_rows(sealer, table, ref, sealed)
+            name = self.sealer(segment).name
+            for _, coded in self._stream(segment, section.pages):
+                yield from decode_page(table, coded, name)
 
     def coded_pages(self, run: Run) -> Iterator[Page]:
         """All pages of a run as they can go into another segment, by table and key."""
         for segment in run.segments:
-            sealer = self.sealer(segment)
             for table in Table:
                 section = self.section(segment, table)
-                for ref, sealed in self._stream(segment, section.pages) if section else ():
-                    coded = sealer.open(ref.offset, sealed)
+                for ref, coded in self._stream(segment, section.pages) if section else ():
                     yield Page(table, ref.first, ref.last, ref.rows, coded)
 
     def _stream(self, segment: SegmentRef, pages: list[PageRef]) -> Iterator[tuple[PageRef, bytes]]:
-        """Each page with its sealed bytes; those the cache lacks come by MAX_SPAN a request."""
+        """Each page as it was coded; those the cache lacks come by MAX_SPAN a request."""
+        sealer = self.sealer(segment)
         start = 0
         while start < len(pages):
             ref = pages[start]
-            sealed = self._cache.get(cache_key(segment.name, ref))
-            if sealed is not None:
-                yield ref, sealed
+            coded = self._cached(segment, ref)
+            if coded is not None:
+                yield ref, coded
                 start += 1
                 continue
             stop, length = start, 0
             while stop < len(pages) and (stop == start or length + pages[stop].length <= MAX_SPAN):
                 length += pages[stop].length
                 stop += 1
-            data = memoryview(self._get(self.sealer(segment).name, ref.offset, length))
+            data = memoryview(self._get(sealer.name, ref.offset, length))
             parts = [
                 (p, bytes(data[p.offset - ref.offset :][: p.length])) for p in pages[start:stop]
             ]
             self._cache.put((cache_key(segment.name, p), part) for p, part in parts)
-            yield from parts
+            for p, part in parts:
+                yield p, sealer.open(p.offset, part)
             start = stop
+
+    def _cached(self, segment: SegmentRef, ref: PageRef) -> bytes | None:
+        """A page as it was coded out of the cache; None where that lacks it or has it damaged."""
+        key = cache_key(segment.name, ref)
+        sealed = self._cache.get(key)
+        if sealed is None:
+            return None
+        try:
+            return self.sealer(segment).open(ref.offset, sealed)
+        except Damaged:
+            self._cache.discard(key)
+            return None
 
 
 def _cut(table: Table, rows: list[Row], low: Key, high: Key) -> list[Row]:
