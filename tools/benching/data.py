@@ -1,0 +1,69 @@
+"""The data that is backed up: kernel trees, a random disk, a million small files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DIRECTORIES, FILES_EACH = 5000, 200
+
+
+def kernel(base: Path, version: str) -> Path:
+    """The tree of Debian's linux-source package of this version."""
+    archive = Path(f"/usr/src/linux-source-{version}.tar.xz")
+    target = base / "data" / f"linux-{version}"
+    if not target.exists():
+        if not archive.exists():
+            sys.exit(f"Missing {archive}: install Debian's package linux-source-{version}.")
+        target.mkdir(parents=True)
+        subprocess.run(["tar", "xf", archive, "--strip-components=1", "-C", target], check=True)
+    return target
+
+
+def disk(base: Path, size: int) -> Path:
+    """A directory with one file of random bytes."""
+    target = base / "data" / "disk"
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / "disk.img").open("wb") as file:
+        for _ in range(size >> 20):
+            file.write(os.urandom(1 << 20))
+    return target
+
+
+def change_disk(disk: Path) -> None:
+    """Write 4 KiB in its middle."""
+    with (disk / "disk.img").open("r+b") as file:
+        file.seek(file.seek(0, os.SEEK_END) // 2)
+        file.write(os.urandom(4096))
+
+
+def _words(text: str) -> list[str]:
+    return sorted(set(re.findall(r"[a-z]{3,12}", text)))
+
+
+def _fill(task: tuple[int, str, list[str]]) -> None:
+    number, top, words = task
+    rng = random.Random(number)
+    place = f"{top}/{number // 100:02}/{number:04}"
+    os.makedirs(place)
+    for index in range(FILES_EACH):
+        size = rng.randint(100, 1500)
+        text = " ".join(rng.choices(words, k=size // 6 + 2))[:size]
+        with open(f"{place}/{rng.choice(words)}-{index}.txt", "w") as file:
+            file.write(text)
+
+
+def million(base: Path) -> Path:
+    """A million files of 100 to 1,500 bytes of words, in 5,000 directories."""
+    target = base / "data" / "million"
+    if not target.exists():
+        words = _words(Path("/usr/share/common-licenses/GPL-3").read_text())
+        tasks = [(number, str(target), words) for number in range(DIRECTORIES)]
+        with multiprocessing.Pool() as pool:
+            pool.map(_fill, tasks, chunksize=50)
+    return target
