@@ -174,12 +174,6 @@ def read_footer(sealer: Sealer, file_size: int, data: bytes) -> Footer:
     return footer
 
 
-def check_header(kind: Kind, data: bytes, name: str) -> None:
-    """Raise Damaged unless ``data`` begins as a table file of this kind does."""
-    if data[: FILE_HEADER.size] != file_header(kind):
-        raise Damaged(f"{name} is damaged (not a {kind.name.lower()} of cloudfs).")
-
-
 def sealed_rows(sealer: Sealer, table: Table, ref: PageRef, sealed: bytes) -> list[Row]:
     """Open and decode one page as it was read from the store. Raises Damaged."""
     if len(sealed) != ref.length:
