@@ -15,7 +15,7 @@ from cloudfs.core.rows import ItemType
 from cloudfs.db.local import LocalState
 from cloudfs.repo.history import History
 from cloudfs.repo.keys import Secret
-from cloudfs.repo.repository import PolicyRecord, Repository
+from cloudfs.repo.repository import Repository
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.scan import Filters
 from cloudfs.store.open import OpenedStore, StoreOptions, open_store
