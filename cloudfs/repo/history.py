@@ -68,8 +68,6 @@ class History:
             newest, _ = self._look(None)
         local = self.repository.local
         local.check_seen(self.repository.id, self.policy.id, newest, self.url)
-        if newest < self.manifest.number:
-            local.check_seen(self.repository.id, self.policy.id, self.manifest.number, self.url)
         if newest <= self.manifest.number:
             return False
         self.manifest = self._read(newest)
