@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +28,24 @@ class Sample:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+def made() -> Iterator[Sample]:
     """A repository with two policies of two snapshots each, and what it holds."""
-    return Sample(*sample.make(tmp_path_factory.mktemp("sample")))
+    with in_memory() as place:
+        yield Sample(*sample.make(place))
+
+
+@contextlib.contextmanager
+def in_memory() -> Iterator[Path]:
+    """A directory on tmpfs: ext4 does not hold the large attributes that are wanted here."""
+    place = Path(tempfile.mkdtemp(prefix="cloudfs-test-", dir="/dev/shm"))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """The directory of one test, on tmpfs."""
+    with in_memory() as place:
+        yield place
