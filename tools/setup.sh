@@ -40,7 +40,7 @@ setup_python() {
     if [ ! -e "$stamp" ]; then
         echo "Installing cloudfs${extra} into .venv …"
         "$here/.venv/bin/python" -m pip install -q --upgrade pip
-        "$here/.venv/bin/python" -m pip install -q -e "$here$extra"
+        PYTHONWARNINGS=ignore "$here/.venv/bin/python" -m pip install -q -e "$here$extra"
         touch "$stamp"
     fi
     PATH="$here/.venv/bin:$PATH"

@@ -51,6 +51,18 @@ def memory_mb(pids: list[int]) -> int:
     return total // 1000
 
 
+def processor_s(pids: list[int]) -> dict[int, float]:
+    """Processor seconds so far of each of these processes and all below them."""
+    found = {}
+    for pid in {p for root in pids for p in _tree(root)}:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
 def run(
     command: list[str], env: dict[str, str], *, cwd: Path | None = None, watch: int = 0
 ) -> Cost:
@@ -61,11 +73,13 @@ def run(
         command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         peak = 0
+        spent: dict[int, float] = {}
         done = threading.Event()
 
         def sample() -> None:
             nonlocal peak
             while not done.wait(SAMPLE_S):
+                spent.update(processor_s([process.pid]))
                 peak = max(peak, memory_mb([process.pid, *([watch] if watch else [])]))
 
         sampler = threading.Thread(target=sample, daemon=True)
@@ -83,7 +97,8 @@ def run(
         shown = output.decode(errors="replace")
         raise Failed(f"{' '.join(command[:4])} … ended with {process.returncode}: {shown}")
     cpu = after.children_user + after.children_system - before.children_user
-    return Cost(wall, peak, cpu - before.children_system)
+    # A process whose parent did not wait for it is only in the samples.
+    return Cost(wall, peak, max(cpu - before.children_system, sum(spent.values())))
 
 
 @dataclass
