@@ -16,7 +16,7 @@ from cloudfs.core import human
 from cloudfs.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from cloudfs.repo.compare import Change
+    from cloudfs.core.snapdiff import Change
 
 _WORDS = {
     "+": "added",
