@@ -73,9 +73,9 @@ class DataReader:
         self.packs_adopted: set[bytes] = set()
 
     @property
-    def knows_nothing(self) -> bool:
-        """Whether a new file's blocks cannot be known from anywhere."""
-        return self._adopted is None
+    def adopting(self) -> bool:
+        """Whether blocks may be known from a sync that did not end."""
+        return self._adopted is not None
 
     def read(self, data: FileData, part: tuple[int, int] | None) -> list[Base]:
         """Read the blocks of a file, or of the bases of one part; returns the bases that differ."""
@@ -100,8 +100,7 @@ class DataReader:
             if not (data.own and kept):
                 changed.append(base)
         if data.own:
-            gone = sorted(number for number, old in data.before.items() if old)
-            changed.extend(Base(data.lin, number, []) for number in gone)
+            changed.extend(_gone(data.lin, data.before))
         return changed
 
     def _recall(self, data: FileData, first: int, last: int) -> None:
@@ -122,8 +121,7 @@ class DataReader:
             if not data.has_data(start + index, 1, block_size):
                 hole(base, index)
                 continue
-            used = packer.used
-            target = packer.buffer[used : used + length]
+            target = packer.room(length)
             got = os.preadv(data.fd, [target], offset)
             if got != length:
                 got = _read_on(data.fd, target, offset, got)
@@ -140,17 +138,32 @@ class DataReader:
             else:
                 packer.keep(base, index, length, digest)
 
-    def read_new_small(self, fd: int, size: int, lin: int) -> list[Base] | None:
-        """Read a file of one block of which nothing is known; None when it is not that long."""
-        packer = self._packer
-        used = packer.used
-        target = packer.buffer[used : used + size]
-        if os.preadv(fd, [target], 0) != size:
-            return None
-        self.bytes_read += size
-        base = Base(lin, 0, [b""])
-        packer.keep(base, 0, size, xxhash.xxh3_128_digest(target, self._seed))
-        return [base]
+    def take_small(self, block: memoryview, lin: int, base_lin: int) -> list[Base]:
+        """Take a file of at most one block, read into the packer's room; as :meth:`read` does."""
+        own, size = base_lin == lin, len(block)
+        before: dict[int, bytes] = {}
+        if base_lin and self._view is not None:
+            before = {number: row.locs for number, row in self._view.block_rows(base_lin).items()}
+        changed: list[Base] = []
+        if size:
+            self.bytes_read += size
+            old = before.pop(0, b"")
+            record = old[: LOCATION.size]
+            digest = xxhash.xxh3_128_digest(block, self._seed)
+            base = Base(lin, 0, [b""])
+            known = _is_block(record, size, digest)
+            if known:
+                base.records[0] = record
+            else:
+                self._packer.keep(base, 0, size, digest)
+            if not (own and known and record == old):
+                changed.append(base)
+        return changed + (_gone(lin, before) if own else [])
+
+
+def _gone(lin: int, before: dict[int, bytes]) -> list[Base]:
+    """Hole rows for the bases that a file had and has no more."""
+    return [Base(lin, number, []) for number, old in sorted(before.items()) if old]
 
 
 def _is_block(record: bytes, length: int, digest: bytes) -> bool:

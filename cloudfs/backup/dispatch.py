@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 
 import msgspec
 
@@ -19,7 +19,7 @@ from cloudfs.backup.describe import SPARE_LINS
 from cloudfs.backup.worker import Assignment, Done, SyncContext, Worker, pack_task, scan_task
 from cloudfs.core.assign import WorkQueue
 from cloudfs.core.errors import CloudfsError
-from cloudfs.repo.pool import WorkerOpening, worker_pool
+from cloudfs.repo.pool import WorkerOpening, WorkerPool
 from cloudfs.source.scan import ScanOutcome, ScanPart
 
 INLINE_WORK = 32 << 20
@@ -48,7 +48,7 @@ class Dispatcher:
         self._opening = opening
         self.workers = workers
         self._allot = allot
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
         self._running: set[Future[bytes]] = set()
         self._scans_in_pool = False
 
@@ -58,7 +58,7 @@ class Dispatcher:
         Scans stay in this process unless the pool was started for them.
         """
         if self._pool is None and self.workers > 1:
-            self._pool = worker_pool(self.workers, self._opening)
+            self._pool = WorkerPool(self.workers, self._opening)
             self._scans_in_pool = for_scans
 
     def scan_here(self, part: ScanPart) -> ScanOutcome:
@@ -92,6 +92,8 @@ class Dispatcher:
             if not walking and queue:
                 yield self._worker.pack(self._assignment(queue, MAX_WORK))
             return
+        if walking and not self._pool.started.is_set():
+            return  # to submit anything now would wait for the start, and the walk with it
         while (
             queue
             and len(self._running) <= self.workers

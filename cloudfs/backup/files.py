@@ -3,6 +3,10 @@
 Everything is done by descriptor, relative to the directory. A regular file is opened, described by
 statx, read, and looked at again: if it changed meanwhile it is read again, up to TRIES times, and
 then reported. What cannot be read is reported and leaves everything else as it is.
+
+Most files have one block and lie there as they were listed. Such a file is read first and then
+described: what statx says is what the listing said, so it did not change meanwhile. Whatever is not
+so is looked at again the long way.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class FileReader:
         self._describer = describer
         self._data = data
         self._stat = StatReader()
-        self._atime = os.O_NOATIME if os.geteuid() == 0 else 0
+        self._flags = _READ | (os.O_NOATIME if os.geteuid() == 0 else 0)
         self.outcome = Outcome()
 
     def run(self, roots: Roots, task: DirTask) -> None:
@@ -100,7 +104,9 @@ class FileReader:
         self, roots: Roots, directory: int, task: DirTask, index: int, stat: Stat, lin: int
     ) -> None:
         if stat.is_file:
-            self._file(directory, task, stat, lin, task.bases.get(index, 0))
+            base_lin = task.bases.get(index, 0)
+            if not self._small(directory, task, stat, lin, base_lin):
+                self._file(directory, task, stat, lin, base_lin)
         elif stat.is_dir:
             fd = roots.open(_join(task.path, stat.name))
             try:
@@ -120,7 +126,7 @@ class FileReader:
             self._describer.describe(lin, task.lin, status, read_xattrs(path), 0, target=target)
 
     def _file(self, directory: int, task: DirTask, stat: Stat, lin: int, base_lin: int) -> None:
-        fd = os.open(stat.name, _READ | self._atime, dir_fd=directory)
+        fd = os.open(stat.name, self._flags, dir_fd=directory)
         try:
             for attempt in range(1, TRIES + 1):
                 status = self._stat.of(fd)
@@ -148,16 +154,43 @@ class FileReader:
         self, fd: int, status: Status, lin: int, base_lin: int, part: tuple[int, int] | None
     ) -> tuple[list[Base], bool]:
         """Read a file's data; the second value says it was as long as it said."""
-        size = status.size
-        if not base_lin and size <= status.allocated and self._data.knows_nothing:
-            if not size:
-                return [], True
-            if size <= self._block_size:
-                bases = self._data.read_new_small(fd, size, lin)
-                if bases is not None:
-                    return bases, True
         data = FileData(fd, status, lin, base_lin)
         return self._data.read(data, part), not data.torn
+
+    def _small(self, directory: int, task: DirTask, stat: Stat, lin: int, base_lin: int) -> bool:
+        """Do a file of at most one block; False to do it the long way."""
+        size = stat.size
+        if size > self._block_size or task.part is not None or self._data.adopting:
+            return False
+        fd = os.open(stat.name, self._flags, dir_fd=directory)
+        try:
+            target = self._packer.room(size)
+            if size and os.preadv(fd, [target], 0) != size:
+                return False
+            status = self._stat.of(fd)
+            if not _as_listed(stat, status):
+                return False
+            flags = read_flags(fd, status.dev)
+            xattrs = read_xattrs(fd)
+        except OSError:
+            return False  # the long way says what is wrong
+        finally:
+            os.close(fd)
+        if size or base_lin:
+            self._packer.rows.bases.extend(self._data.take_small(target, lin, base_lin))
+        self._describer.describe(lin, task.lin, status, xattrs, flags)
+        return True
+
+
+def _as_listed(stat: Stat, status: Status) -> bool:
+    """Whether a regular file is as it was listed, and without holes."""
+    return (
+        stat.ctime_ns == status.ctime_ns
+        and stat.size == status.size <= status.allocated
+        and stat.mtime_ns == status.mtime_ns
+        and stat.ino == status.ino
+        and stat.mode == status.mode
+    )
 
 
 def _unchanged(status: Status, now: os.stat_result) -> bool:

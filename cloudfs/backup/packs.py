@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from cloudfs.core.rows import (
     LOCATION,
     BlockRow,
     Entry,
+    Key,
     Meta,
     PackRow,
     Row,
@@ -48,6 +50,7 @@ class PackSettings(msgspec.Struct, frozen=True):
 
     policy_id: str
     snapshot: int
+    first_new_lin: int
     block_size: int
     max_pack_bytes: int
     level: int
@@ -83,8 +86,14 @@ class Rows:
         """The rows of the pack index."""
         return Rows([*self.metas, *self.echoes], self.entries, self.bases)
 
-    def pages(self, snapshot: int) -> list[Page]:
-        """All rows as encoded pages, by table and key."""
+    def pages(self, settings: PackSettings) -> list[Page]:
+        """All rows as encoded pages, by table and key.
+
+        No page spans the first new LIN: the pages of new LINs, of which each assignment has its
+        own, then go into the segment as they are, whatever is said of old ones.
+        """
+        snapshot = settings.snapshot
+        new: Key = (settings.first_new_lin,)
         blocks = [
             BlockRow(base.lin, base.number, snapshot, DIGEST_XXH3_128, b"".join(base.records))
             for base in self.bases
@@ -95,8 +104,11 @@ class Rows:
             (Table.ENTRIES, self.entries),
             (Table.BLOCKS, blocks),
         ):
-            ordered = sorted(cast("list[Row]", rows), key=key_function(table))
-            pages.extend(encode_pages(table, ordered))
+            key = key_function(table)
+            ordered = sorted(cast("list[Row]", rows), key=key)
+            cut = bisect_left(ordered, new, key=key)
+            for part in (ordered[:cut], ordered[cut:]):
+                pages.extend(encode_pages(table, part))
         return pages
 
 
@@ -121,8 +133,8 @@ class Packer:
         self._uploader = uploader
         self._upload: Future[None] | None = None
         # One block more than a frame: a block is read into place before it is known to be new.
-        self.buffer = memoryview(bytearray(FRAME_BYTES + settings.block_size))
-        self.used = 0
+        self._buffer = memoryview(bytearray(FRAME_BYTES + settings.block_size))
+        self._used = 0
         self._waiting: list[tuple[Base, int, int, int, bytes]] = []
         self._pack: bytes = b""
         self._sealer: Sealer | None = None
@@ -136,22 +148,26 @@ class Packer:
 
     # -- blocks --------------------------------------------------------------------------------
 
+    def room(self, length: int) -> memoryview:
+        """Where the next block of ``length`` bytes is to be laid, before it is kept."""
+        return self._buffer[self._used : self._used + length]
+
     def keep(self, base: Base, index: int, length: int, digest: bytes) -> None:
-        """Keep the block of ``length`` bytes that stands at ``used`` in the buffer."""
-        self._waiting.append((base, index, self.used, length, digest))
-        self.used += length
-        if self.used >= FRAME_BYTES:
+        """Keep the block of ``length`` bytes that stands in the room for it."""
+        self._waiting.append((base, index, self._used, length, digest))
+        self._used += length
+        if self._used >= FRAME_BYTES:
             self._flush_frame()
 
     def append(self, base: Base, index: int, block: Buffer, digest: bytes) -> None:
         """Keep a block that is not in the buffer yet."""
-        self.buffer[self.used : self.used + len(block)] = block
+        self.room(len(block))[:] = block
         self.keep(base, index, len(block), digest)
 
     def _flush_frame(self) -> None:
-        if not self.used:
+        if not self._used:
             return
-        plain = self.buffer[: self.used]
+        plain = self._buffer[: self._used]
         coded = encode(plain, self._settings.level)
         if self._settings.verify and not _decodes_to(coded, plain):
             raise CloudfsError(
@@ -168,7 +184,7 @@ class Packer:
         for base, index, start, length, digest in self._waiting:
             base.records[index] = LOCATION.pack(pack, offset, len(sealed), start, length, digest)
         self._waiting.clear()
-        self.used = 0
+        self._used = 0
         age_s = (self._clock_ns() - self._opened_ns) / 1e9
         if self._size >= self._settings.max_pack_bytes or age_s > self._settings.time_limit_s:
             self._close_pack()
@@ -196,8 +212,8 @@ class Packer:
         assert self._sealer is not None
         live = self._size
         writer = TableFileWriter(self._sealer, self._size)
-        pages = rows.pages(self._settings.snapshot)
-        described = rows.with_echoes().pages(self._settings.snapshot) if rows.echoes else pages
+        pages = rows.pages(self._settings)
+        described = rows.with_echoes().pages(self._settings) if rows.echoes else pages
         self._chunks.extend(writer.page(page) for page in described)
         end, _, index_size = writer.finish()
         self._chunks.append(end)

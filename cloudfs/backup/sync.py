@@ -124,7 +124,6 @@ class _Sync:
             settings.filters,
             self._history.manifest,
             0 if self._view is None else self._view.number,
-            next_lin,
             str(_state_dir(self._job)),
             bool(self._orphans),
         )
@@ -148,6 +147,7 @@ class _Sync:
         return PackSettings(
             self._job.record.id,
             self._previous.number + 1 if self._previous else 1,
+            self._history.manifest.next_lin,
             settings.block_size,
             settings.max_pack_bytes,
             settings.level,
@@ -204,11 +204,10 @@ class _Sync:
 
             def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
                 for outcome in dispatcher.scan(parts, trust=trust):
-                    self._check_stop()
-                    self._tell(walk)
                     yield outcome
                     if walk.diff.waiting >= POOL_ITEMS and not self._job.dry_run:
                         dispatcher.start_pool()
+                    self._step(walk, queue, dispatcher, walking=True)
 
             if shared:
                 walk.run(scan, 4 * dispatcher.workers, 4 * QUOTA)

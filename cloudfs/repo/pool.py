@@ -12,6 +12,7 @@ to be killed with the server, so that nothing is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -82,23 +83,46 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def worker_pool(workers: int, given: WorkerOpening) -> ProcessPoolExecutor:
-    """A pool of processes that hold the repository open."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+def prepare() -> None:
+    """Start the server of worker processes, for who knows early that there will be a pool."""
+    threading.Thread(target=_ensure_server, name="server", daemon=True).start()
+
+
+def _ensure_server() -> None:
+    from multiprocessing import forkserver
+
     if _QUIET_TRACKER not in sys.warnoptions:
         sys.warnoptions.append(_QUIET_TRACKER)  # handed down to helpers when they are started
-    # A worker would otherwise import the program's main module, which it has no use for.
-    main = sys.modules["__main__"]
-    kept = main.__dict__.pop("__file__", None)
-    try:
-        pool = ProcessPoolExecutor(workers, context, _start, (given,))
-        for _ in range(workers):
-            pool.submit(_nothing)
-    finally:
-        if kept is not None:
-            main.__dict__["__file__"] = kept
-    return pool
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """A pool of processes that hold the repository open.
+
+    It is made at once; the processes are started by a thread, since each start waits for the
+    server's imports. A task that is submitted before ``started`` is set waits for that.
+    """
+
+    def __init__(self, workers: int, given: WorkerOpening) -> None:
+        super().__init__(workers, multiprocessing.get_context("forkserver"), _start, (given,))
+        self.started = threading.Event()
+        threading.Thread(target=self._start_all, args=(workers,), name="start", daemon=True).start()
+
+    def _start_all(self, workers: int) -> None:
+        """Start the processes. What fails here fails again for who submits a task."""
+        # A worker would otherwise import the program's main module, which it has no use for.
+        main = sys.modules["__main__"]
+        kept = main.__dict__.pop("__file__", None)
+        try:
+            _ensure_server()
+            with contextlib.suppress(RuntimeError, OSError):
+                for _ in range(workers):
+                    self.submit(_nothing)
+        finally:
+            if kept is not None:
+                main.__dict__["__file__"] = kept
+            self.started.set()
 
 
 def _nothing() -> None:

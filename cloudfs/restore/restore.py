@@ -23,13 +23,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import replace
 
 import msgspec
 
 from cloudfs.core.errors import CloudfsError, UsageError
-from cloudfs.repo.pool import worker_pool
+from cloudfs.repo.pool import WorkerPool
 from cloudfs.restore.finish import Finisher
 from cloudfs.restore.job import Interrupted, RestoreEvents, RestoreJob, RestoreResult
 from cloudfs.restore.metadata import forget_inherited
@@ -63,7 +63,7 @@ class _Restore:
         self._view = job.history.view(job.snapshot)
         self._result = RestoreResult(self._view.record, Plan([], []).totals)
         self._workers = job.workers or os.cpu_count() or 1
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
         self._failures: list[Failure] = []
         self._lost: Counter[str] = Counter()
         self._done = (0, 0)
@@ -103,7 +103,7 @@ class _Restore:
         if self._pool is None and self._workers > 1 and not self._job.dry_run:
             opening = self._job.opening
             options = opening.options.shared_by(self._workers)
-            self._pool = worker_pool(self._workers, replace(opening, options=options))
+            self._pool = WorkerPool(self._workers, replace(opening, options=options))
 
     def _execute(self, plan: Plan) -> None:
         job = self._job

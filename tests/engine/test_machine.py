@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from cloudfs.backup import dispatch
+from cloudfs.backup import dispatch, walk
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 NAMES = hs.sampled_from([b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8])
@@ -179,6 +179,26 @@ def test_snapshots_are_what_the_tree_was() -> None:
 @pytest.mark.long
 def test_snapshots_are_what_the_tree_was_for_long() -> None:
     hunt(1500, 100)
+
+
+def test_snapshots_are_what_the_tree_was_when_judged_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, with all that cannot have moved handed out during the walk."""
+    judge_early(monkeypatch)
+    hunt(30, 40)
+
+
+@pytest.mark.long
+def test_snapshots_are_what_the_tree_was_when_judged_early_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge_early(monkeypatch)
+    hunt(1000, 100)
+
+
+def judge_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if much appeared in every sync."""
+    monkeypatch.setattr(walk, "EARLY_ITEMS", 1)
+    monkeypatch.setattr(walk, "EARLY_SHARE", 1_000_000)
 
 
 def test_snapshots_are_what_the_tree_was_with_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,9 @@ def read_all(objects: Mapping[str, bytes], local: LocalState, url: str = "memory
     found: Contents = {}
     for record in repository.policies():
         with contextlib.closing(History(repository, record)) as history:
-            for _ in history.rows(Table.PACKS):
-                pass
+            for table in Table:  # tombstones too, which no snapshot shows
+                for _ in history.rows(table):
+                    pass
             found[record.name] = {
                 snapshot.number: contents_of_view(history.view(snapshot.number))
                 for snapshot in history.snapshots
