@@ -2,7 +2,9 @@
 
 1. The coordinator's own rows (tombstones, a made-up root) go into a pack like all others.
 2. The pages of all packs become a run; runs are merged if they are too many.
-3. The manifest that names them is committed. Before that nothing was changed.
+3. The manifest that names them is committed. Before that nothing was changed. Then the newest
+   manifest is looked at: a process that was stopped for long may have committed under a number
+   that others used and deleted since, and that makes no snapshot.
 4. Segments that a merge replaced are named as retired, and deleted by a commit at least GRACE_NS
    later: who reads by an older manifest has that long to end.
 """
@@ -19,7 +21,7 @@ import msgspec
 from cloudfs.backup.coalesce import PageSpool, RunWriter, merge_runs
 from cloudfs.backup.packs import Packer, PackSettings
 from cloudfs.backup.worker import Done
-from cloudfs.core.errors import StoreError
+from cloudfs.core.errors import Held, StoreError
 from cloudfs.core.manifest import Manifest, Retired, Run, SnapshotRecord
 from cloudfs.core.rows import Entry, Meta, PackRow, Table
 from cloudfs.format import names
@@ -130,12 +132,22 @@ class Publisher:
             + [Retired(name, now_ns) for name in _segments(before.runs) - _segments(runs)],
         )
         self._history.commit(manifest)
+        self._confirm(manifest.snapshots[-1])
         if due:
             # What is not deleted now is garbage that nothing names: reclaiming finds it.
             with contextlib.suppress(StoreError):
                 policy_id = self._settings.policy_id
                 self._repository.store.delete([names.segment(policy_id, o.name) for o in due])
         return manifest
+
+    def _confirm(self, record: SnapshotRecord) -> None:
+        """Raise Held when the snapshot is not among those that the repository shows (rule 3)."""
+        self._history.refresh()
+        if record not in self._history.snapshots:
+            raise Held(
+                f"another machine took over {self._history.policy.name} while this sync was stopped"
+                " or without a connection. Its snapshot was not made; run the sync again."
+            )
 
 
 def _segments(runs: list[Run]) -> set[bytes]:
