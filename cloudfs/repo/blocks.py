@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import xxhash
 
@@ -29,14 +29,18 @@ from cloudfs.format.envelope import Keyring, Kind, Sealer, decode
 from cloudfs.format.tables import MAX_FRAME
 from cloudfs.store.base import Store
 
-if TYPE_CHECKING:
-    from cloudfs.repo.view import SnapshotView
-
 CHUNK = 256 * 1024
 MAX_SPAN = 8 << 20
 FRAMES_IN_MEMORY = 48 << 20
 CHUNKS_IN_MEMORY = 32 << 20
 PREFETCH_THREADS = 4
+
+
+class BlockMap(Protocol):
+    """What says where a file's blocks lie: a snapshot, to whoever reads it."""
+
+    def blocks(self, lin: int, first: int, count: int) -> list[Location | None]:
+        """Where ``count`` blocks from block ``first`` on lie; None for a hole."""
 
 
 class _Bounded:
@@ -96,7 +100,7 @@ class BlockReader:
 
     # -- files -----------------------------------------------------------------------------
 
-    def read(self, view: SnapshotView, meta: Meta, offset: int, size: int) -> bytes:
+    def read(self, where: BlockMap, meta: Meta, offset: int, size: int) -> bytes:
         """The bytes of a file from ``offset`` on; fewer than ``size`` only at its end.
 
         Raises Damaged when what is stored is not what was backed up.
@@ -106,7 +110,7 @@ class BlockReader:
             return b""
         block_size = meta.block_size
         first, last = offset // block_size, (offset + size - 1) // block_size
-        found = view.blocks(meta.lin, first, last - first + 1)
+        found = where.blocks(meta.lin, first, last - first + 1)
         parts = []
         for number, location in enumerate(found, start=first):
             start = number * block_size

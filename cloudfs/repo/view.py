@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from heapq import merge as heap_merge
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from cloudfs.core.errors import Damaged, UsageError
 from cloudfs.core.manifest import Run, SnapshotRecord
@@ -29,10 +29,8 @@ from cloudfs.core.rows import (
     locations,
     newest_at,
 )
+from cloudfs.repo.blocks import BlockReader
 from cloudfs.repo.tables import TableReader
-
-if TYPE_CHECKING:
-    from cloudfs.repo.blocks import BlockReader
 
 MAX_LARGE_XATTR = 64 * 1024 * 1024
 _MAPS_KEPT = 64
