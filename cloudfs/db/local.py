@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from cloudfs.core.errors import RolledBack
 from cloudfs.db.cache import BlobCache
 
 DEFAULT_CACHE_BYTES = 2 << 30
+
+
+class Seen(NamedTuple):
+    """The newest manifest that was seen; ``digest`` is of its stored bytes, "" where not known."""
+
+    number: int
+    digest: str
 
 
 class LocalState:
@@ -48,28 +56,48 @@ class LocalState:
 
     def check_seen(self, repository_id: str, policy_id: str, number: int, url: str) -> None:
         """Raise RolledBack when this machine has seen a newer manifest than ``number``."""
-        seen = self.seen(repository_id, policy_id)
+        seen = self.seen(repository_id, policy_id).number
         if number < seen:
             raise RolledBack(
                 f"{url} offers an older state of its backups (manifest {number}) than this machine"
-                f" has seen (manifest {seen}): it was rolled back or replayed. If you restored the"
-                f" store to an older state on purpose, delete"
-                f" {self._seen_path(repository_id, policy_id)}."
+                f" has seen (manifest {seen}): it was rolled back or replayed."
+                f" {self._on_purpose(repository_id, policy_id)}"
             )
 
-    def seen(self, repository_id: str, policy_id: str) -> int:
-        """The number of the newest manifest that this machine has seen; 0 for none."""
-        try:
-            return int(self._seen_path(repository_id, policy_id).read_text())
-        except (OSError, ValueError):
-            return 0
+    def check_same(self, repository_id: str, policy_id: str, offered: Seen, url: str) -> None:
+        """Raise RolledBack when this machine has seen another manifest of the same number."""
+        seen = self.seen(repository_id, policy_id)
+        if offered.number == seen.number and seen.digest not in ("", offered.digest):
+            raise RolledBack(
+                f"{url} offers another manifest {offered.number} than the one that this machine has"
+                " seen: it was rolled back and then written to anew, or is not what it was."
+                f" {self._on_purpose(repository_id, policy_id)}"
+            )
 
-    def remember_seen(self, repository_id: str, policy_id: str, number: int) -> None:
-        """Remember the newest manifest. Atomic; not fsynced (an older memory only allows more)."""
+    def _on_purpose(self, repository_id: str, policy_id: str) -> str:
+        path = self._seen_path(repository_id, policy_id)
+        return f"If you restored the store to an older state on purpose, delete {path}."
+
+    def seen(self, repository_id: str, policy_id: str) -> Seen:
+        """The newest manifest that this machine has seen; number 0 for none."""
+        try:
+            number, _, digest = self._seen_path(repository_id, policy_id).read_text().partition(" ")
+            return Seen(int(number), digest)
+        except (OSError, ValueError):
+            return Seen(0, "")
+
+    def remember_seen(self, repository_id: str, policy_id: str, manifest: Seen) -> None:
+        """Remember a manifest, unless a newer one was seen.
+
+        Atomic; not fsynced (an older memory only allows more).
+        """
+        seen = self.seen(repository_id, policy_id)
+        if manifest.number < seen.number or manifest == seen:
+            return
         path = self._seen_path(repository_id, policy_id)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(str(number))
+        temporary.write_text(f"{manifest.number} {manifest.digest}")
         temporary.replace(path)
 
     def close(self) -> None:

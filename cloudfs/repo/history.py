@@ -8,6 +8,7 @@ read back, and if it is the very one that was to be written, the commit has succ
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -16,6 +17,7 @@ import msgspec
 from cloudfs.core.errors import AlreadyExists, Damaged, Held, NoRepository, StoreError, UsageError
 from cloudfs.core.manifest import EMPTY, Manifest, SnapshotRecord
 from cloudfs.core.rows import Row, Table
+from cloudfs.db.local import Seen
 from cloudfs.format import names
 from cloudfs.format.envelope import SALT_SIZE, Kind, open_object, seal_object
 from cloudfs.repo.blocks import BlockReader
@@ -61,7 +63,8 @@ class History:
         """Take the newest manifest up; True if it is newer than the one at hand.
 
         One request, and one more when there is something new. Also notes the epochs of the leases
-        that lie beside it. Raises RolledBack when the store offers an older one than was seen.
+        that lie beside it. Raises RolledBack when the store offers an older one than was seen, or
+        another one of that number.
         """
         newest, all_seen = self._look(HEAD_LIMIT)
         if not newest and not all_seen:  # leases of dead syncs, or a stranger's objects, in front
@@ -70,8 +73,10 @@ class History:
         local.check_seen(self.repository.id, self.policy.id, newest, self.url)
         if newest <= self.manifest.number:
             return False
-        self.manifest = self._read(newest)
-        local.remember_seen(self.repository.id, self.policy.id, newest)
+        manifest, seen = self._read(newest)
+        local.check_same(self.repository.id, self.policy.id, seen, self.url)
+        self.manifest = manifest
+        local.remember_seen(self.repository.id, self.policy.id, seen)
         return True
 
     def _look(self, limit: int | None) -> tuple[int, bool]:
@@ -86,7 +91,8 @@ class History:
                 newest = max(newest, number)
         return newest, count != limit
 
-    def _read(self, number: int) -> Manifest:
+    def _read(self, number: int) -> tuple[Manifest, Seen]:
+        """A manifest, and what is to be remembered of it."""
         name = names.manifest(self.policy.id, number)
         data = self.repository.store.get(name)
         plain = open_object(self.repository.keyring, Kind.MANIFEST, name, data)
@@ -96,7 +102,7 @@ class History:
             raise Damaged(f"{name} is damaged (it holds no manifest).") from None
         if manifest.number != number:
             raise Damaged(f"{name} is damaged (it says it is number {manifest.number}).")
-        return manifest
+        return manifest, Seen(number, _digest(data))
 
     def commit(self, manifest: Manifest) -> None:
         """Put the next manifest in force. Durable when it returns; raises Held when raced.
@@ -117,7 +123,8 @@ class History:
                     " Nothing was changed by this sync; run it again."
                 ) from None
         self.manifest = manifest
-        self.repository.local.remember_seen(self.repository.id, self.policy.id, manifest.number)
+        seen = Seen(manifest.number, _digest(sealed))
+        self.repository.local.remember_seen(self.repository.id, self.policy.id, seen)
         self._drop_old()
 
     def _drop_old(self) -> None:
@@ -178,6 +185,11 @@ class History:
     def close(self) -> None:
         """Stop what runs in the background."""
         self.reader.close()
+
+
+def _digest(stored: bytes) -> str:
+    """By which a machine knows a manifest again: its salt is fresh, so no two are the same."""
+    return hashlib.sha256(stored).hexdigest()
 
 
 def _decimal(text: str) -> int | None:

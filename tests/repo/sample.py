@@ -19,7 +19,7 @@ from cloudfs.backup.job import SyncJob, SyncResult, SyncSettings
 from cloudfs.backup.sync import sync
 from cloudfs.core.rows import Table
 from cloudfs.db.cache import BlobCache
-from cloudfs.db.local import LocalState
+from cloudfs.db.local import LocalState, Seen
 from cloudfs.format import names
 from cloudfs.repo.history import History
 from cloudfs.repo.keys import Secret
@@ -66,16 +66,16 @@ class Machine(LocalState):
         nowhere = Path("/nonexistent")
         super().__init__(directory or nowhere, directory or nowhere)
         self.fake = FakeCache()
-        self.memory: dict[tuple[str, str], int] = {}
+        self.memory: dict[tuple[str, str], Seen] = {}
 
     def cache(self, repository_id: str) -> BlobCache:
         return cast(BlobCache, self.fake)
 
-    def seen(self, repository_id: str, policy_id: str) -> int:
-        return self.memory.get((repository_id, policy_id), 0)
+    def seen(self, repository_id: str, policy_id: str) -> Seen:
+        return self.memory.get((repository_id, policy_id), Seen(0, ""))
 
-    def remember_seen(self, repository_id: str, policy_id: str, number: int) -> None:
-        self.memory[repository_id, policy_id] = number
+    def remember_seen(self, repository_id: str, policy_id: str, manifest: Seen) -> None:
+        self.memory[repository_id, policy_id] = manifest
 
 
 def opened(objects: Mapping[str, bytes], url: str = "memory:") -> OpenedStore:

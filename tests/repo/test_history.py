@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cloudfs.cli.errors import explain
 from cloudfs.core.errors import (
     AlreadyExists,
     Held,
@@ -19,7 +20,7 @@ from cloudfs.core.errors import (
     UsageError,
 )
 from cloudfs.core.manifest import SnapshotRecord, SnapshotStats
-from cloudfs.db.local import LocalState
+from cloudfs.db.local import LocalState, Seen
 from cloudfs.format import names
 from cloudfs.repo import lease as leases
 from cloudfs.repo.history import HEAD_LIMIT, KEEP_MANIFESTS, History
@@ -245,6 +246,58 @@ def test_the_memory_of_a_machine_outlives_the_process(tmp_path: Path) -> None:
     memory.unlink()  # as the message says
     local = LocalState(tmp_path / "c", tmp_path / "s")
     assert again(repository, local).manifest.number == 1
+    local.close()
+
+
+def forked(repository: Repository, record: PolicyRecord) -> None:
+    """Put the store back to manifest 1, and let somebody write another manifest 2."""
+    repository.store.delete([names.manifest(record.id, 2)])
+    commit(again(repository), snapshot(2, 7))
+
+
+def test_another_manifest_of_the_number_that_was_seen(tmp_path: Path) -> None:
+    repository, record = fresh()
+    history = History(repository, record)
+    commit(history, snapshot(1, 5))
+    commit(history, snapshot(2, 6))
+    for machine in ("reader", "writer"):
+        local = LocalState(tmp_path / machine / "c", tmp_path / machine / "s")
+        assert again(repository, local).manifest.number == 2
+        local.close()
+    forked(repository, record)
+    local = LocalState(tmp_path / "reader" / "c", tmp_path / "reader" / "s")
+    for _ in range(2):  # it is not believed the second time either
+        with pytest.raises(RolledBack, match=r"another manifest 2 than the one") as caught:
+            again(repository, local)
+    assert explain(caught.value) == (str(caught.value), 13)
+    Path(str(caught.value).rsplit(" ", 1)[1].rstrip(".")).unlink()  # as the message says
+    assert again(repository, local).snapshots[-1] == snapshot(2, 7)
+    local.close()
+
+
+def test_the_writer_itself_remembers_what_it_wrote() -> None:
+    repository, record = fresh()
+    history = History(repository, record)
+    commit(history, snapshot(1, 5))
+    commit(history, snapshot(2, 6))
+    forked(repository, record)
+    with pytest.raises(RolledBack, match="another manifest 2"):
+        again(repository, repository.local)
+
+
+def test_a_memory_without_a_digest_is_taken_up(tmp_path: Path) -> None:
+    """As earlier versions wrote it; and one that is no memory at all."""
+    repository, record = fresh()
+    commit(History(repository, record), snapshot(1, 5))
+    local = LocalState(tmp_path / "c", tmp_path / "s")
+    path = local._seen_path(repository.id, record.id)
+    path.parent.mkdir(parents=True)
+    for text in ("1", "1 ", "x y", ""):
+        path.write_text(text)
+        again(repository, local)
+        assert local.seen(repository.id, record.id).digest
+    local.remember_seen(repository.id, record.id, Seen(0, "older"))
+    assert local.seen(repository.id, record.id).number == 1
     local.close()
 
 
