@@ -177,7 +177,9 @@ class FileReader:
         finally:
             os.close(fd)
         if size or base_lin:
-            self._packer.rows.bases.extend(self._data.take_small(target, lin, base_lin))
+            # In two steps: taking a block may close the pack, and with it the rows of till then.
+            bases = self._data.take_small(target, lin, base_lin)
+            self._packer.rows.bases.extend(bases)
         self._describer.describe(lin, task.lin, status, xattrs, flags)
         return True
 

@@ -84,6 +84,8 @@ def assert_same_item(one: Path, other: Path) -> None:
     """Both are alike in metadata and content."""
     a, b = one.lstat(), other.lstat()
     for field in ("st_mode", "st_uid", "st_gid", "st_size", "st_nlink", "st_mtime_ns", "st_rdev"):
+        if field == "st_size" and stat.S_ISDIR(a.st_mode):
+            continue  # what a directory's names take up is each file system's own affair
         assert getattr(a, field) == getattr(b, field), (one, field)
     names = sorted(os.listxattr(one, follow_symlinks=False))
     assert sorted(os.listxattr(other, follow_symlinks=False)) == names, one
