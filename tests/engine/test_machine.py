@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from cloudfs.backup import dispatch, walk
+from cloudfs.backup import dispatch, packs, walk
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 NAMES = hs.sampled_from([b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8])
@@ -23,13 +23,19 @@ SIZES = hs.sampled_from([0, 1, 4095, 4096, 4097, 9000, 40_000, 300_000, 4096 * 6
 SEEDS = hs.integers(0, 2**32)
 
 
+@pytest.fixture(autouse=True)
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that frames and packs end in the middle of these small trees too."""
+    monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
+
+
 class Tree(RuleBasedStateMachine):
     """Operations on a real directory; what the tree was at each sync is kept and compared."""
 
     def __init__(self) -> None:
         super().__init__()
         self.base = Path(tempfile.mkdtemp(prefix="cloudfs-machine-", dir="/dev/shm"))
-        self.rig = Rig(self.base)
+        self.rig = Rig(self.base, max_pack_bytes=5000)
         self.models: dict[int, dict[bytes, object]] = {}
 
     def path(self, parts: list[bytes]) -> bytes:
