@@ -89,6 +89,7 @@ class RepositoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keys: list[WrappedKey]
     features: list[str] = []
     conditional: bool = True  # whether the store honours conditional writes
+    revision: int = 0  # how often it was changed; see cloudfs.repo.edits
 
 
 @dataclass(frozen=True)

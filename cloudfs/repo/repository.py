@@ -23,8 +23,9 @@ from cloudfs.format.envelope import (
     open_object,
     seal_object,
 )
+from cloudfs.repo import edits
 from cloudfs.repo import keys as wrapping
-from cloudfs.repo.keys import KeyInfo, RepositoryConfig, Secret
+from cloudfs.repo.keys import KeyInfo, RepositoryConfig, Secret, WrappedKey
 from cloudfs.store.open import OpenedStore
 
 Entropy = Callable[[int], bytes]
@@ -115,7 +116,7 @@ class Repository:
         )
         config = RepositoryConfig(FORMAT_VERSION, repository_id, [key], conditional=conditional)
         try:
-            store.put(names.CONFIG, [_format_config(config)], if_absent=True)
+            store.put(names.CONFIG, [edits.format_config(config)], if_absent=True)
         except AlreadyExists:
             raise UsageError(f"There is a repository at {store.url} already.") from None
         return cls(store, config, master, local, entropy=entropy, clock_ns=clock_ns)
@@ -156,50 +157,52 @@ class Repository:
 
     def keys(self) -> list[KeyInfo]:
         """The keys, without what is secret in them."""
-        return [KeyInfo(key.id, key.label, key.kind, key.created_ns) for key in self.config.keys]
+        return [_shown(key) for key in self.config.keys]
 
     def add_key(self, secret: Secret, label: str) -> KeyInfo:
         """Wrap the master key under one more secret. Durable when it returns."""
-        key = wrapping.wrap(
-            self._master,
-            self.id,
-            secret,
-            label,
-            self.clock_ns(),
-            self.entropy(wrapping.KDF_SALT_SIZE),
-        )
-        self._write_config([*self._fresh_config().keys, key])
-        return KeyInfo(key.id, key.label, key.kind, key.created_ns)
+        key = self._wrap(secret, label)
+        self._change_keys(lambda keys: keys if key in keys else [*keys, key])
+        return _shown(key)
 
     def remove_key(self, key_id: str) -> None:
         """Remove one key, never the last one."""
-        config = self._fresh_config()
-        left = [key for key in config.keys if key.id != key_id]
-        if len(left) == len(config.keys):
+        if all(key.id != key_id for key in edits.settled(self.store, self._fresh_config).keys):
             raise UsageError(f"{self.url} has no key {key_id}; `cloudfs key list` shows them.")
-        if not left:
-            raise UsageError(f"{key_id} is the only key of {self.url}: add another one first.")
-        self._write_config(left)
+
+        def without(keys: list[WrappedKey]) -> list[WrappedKey]:
+            left = [key for key in keys if key.id != key_id]
+            if not left:
+                raise UsageError(f"{key_id} is the only key of {self.url}: add another one first.")
+            return left
+
+        self._change_keys(without)
 
     def change_key(self, old: Secret, new: Secret) -> KeyInfo:
         """Replace the key that ``old`` opens by one that ``new`` opens."""
-        config = self._fresh_config()
-        _, key = wrapping.unwrap(config, old, self.url)
-        added = self.add_key(new, key.label)
-        self.remove_key(key.id)
-        return added
+        config = edits.settled(self.store, self._fresh_config)
+        _, former = wrapping.unwrap(config, old, self.url)
+        key = self._wrap(new, former.label)
+
+        def replaced(keys: list[WrappedKey]) -> list[WrappedKey]:
+            left = [other for other in keys if other.id != former.id]
+            return left if key in left else [*left, key]
+
+        self._change_keys(replaced)
+        return _shown(key)
+
+    def _wrap(self, secret: Secret, label: str) -> WrappedKey:
+        salt = self.entropy(wrapping.KDF_SALT_SIZE)
+        return wrapping.wrap(self._master, self.id, secret, label, self.clock_ns(), salt)
+
+    def _change_keys(self, alter: Callable[[list[WrappedKey]], list[WrappedKey]]) -> None:
+        self.config = edits.change_keys(self.store, self._fresh_config, alter)
 
     def _fresh_config(self) -> RepositoryConfig:
         config = self.read_config(self.store)
         if config.id != self.id:
             raise Damaged(f"{self.url}: cloudfs.json is now that of another repository.")
-        self.config = config
         return config
-
-    def _write_config(self, wrapped: list[wrapping.WrappedKey]) -> None:
-        config = msgspec.structs.replace(self.config, keys=wrapped)
-        self.store.put(names.CONFIG, [_format_config(config)])
-        self.config = config
 
     # -- policies --------------------------------------------------------------------------
 
@@ -227,5 +230,5 @@ class Repository:
         return record
 
 
-def _format_config(config: RepositoryConfig) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+def _shown(key: WrappedKey) -> KeyInfo:
+    return KeyInfo(key.id, key.label, key.kind, key.created_ns)

@@ -17,7 +17,7 @@ from cloudfs.core.rows import ItemType, Table
 from cloudfs.format import envelope, names, tables
 from cloudfs.format.envelope import Kind
 from cloudfs.fuse import inodes
-from cloudfs.repo import history, keys, lease, repository
+from cloudfs.repo import edits, history, keys, lease, repository
 from cloudfs.repo.keys import Secret, WrappedKey
 
 MAN = Path(__file__).parents[2] / "man"
@@ -186,6 +186,7 @@ def test_names(page: Page) -> None:
     policy, other = "ab" * 16, bytes(range(16))
     made = {
         "cloudfs.json": names.CONFIG,
+        "edit/<down(revision)>": edits.claim_name(3),
         "policy/<policy id>": names.policy(policy),
         "data/<policy id>/head/lease-<down(epoch)>": names.lease(policy, 3),
         "data/<policy id>/head/manifest-<down(n)>": names.manifest(policy, 3),
@@ -195,6 +196,7 @@ def test_names(page: Page) -> None:
     assert column(page["NAMES OF OBJECTS"][0][1], 0) == list(made)
     values = {
         "policy id": policy,
+        "down(revision)": f"{2**64 - 1 - 3:016x}",
         "down(epoch)": f"{2**64 - 1 - 3:016x}",
         "down(n)": f"{2**64 - 1 - 3:016x}",
         "segment id": other.hex(),
