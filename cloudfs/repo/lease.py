@@ -10,7 +10,10 @@
 3. A stale lease is taken over by writing the lease of the next epoch and then committing the
    manifest once more under it. From then on whatever the old holder commits is refused, because it
    builds on a manifest that has been succeeded.
-4. A holder whose lease could not be renewed for STALE_S / 2 publishes nothing. Before it renews
+4. A lease that does not verify says nothing of its holder, who may be alive: a live one writes it
+   again, and then it is another. So it is stale when it did not change for STALE_S, as
+   that of any other host is.
+5. A holder whose lease could not be renewed for STALE_S / 2 publishes nothing. Before it renews
    such a lease (the network was away, or the process was stopped) it looks whether another took
    over; if so, the lease is lost for good.
 """
@@ -82,7 +85,7 @@ class Lease:
                 self.renew()
 
     def renew(self) -> None:
-        """Write it again, unless another took over meanwhile (rule 4)."""
+        """Write it again, unless another took over meanwhile (rule 5)."""
         began = time.monotonic()  # before the write: others count from when it took effect
         if began - self._renewed > STALE_S / 2 and self._succeeded():
             self._lost = True
@@ -209,19 +212,19 @@ def _write(history: History, epoch: int, content: LeaseContent, *, if_absent: bo
     repository.store.put(name, [sealed], if_absent=if_absent)
 
 
-def _read(history: History, epoch: int) -> tuple[bytes, LeaseContent] | None:
-    """The stored bytes and the content of a lease; None if it is gone."""
+def _read(history: History, epoch: int) -> tuple[bytes, LeaseContent | None] | None:
+    """The stored bytes and the content of a lease, None if it is damaged; None if it is gone."""
     repository = history.repository
     name = names.lease(history.policy.id, epoch)
     try:
         data = repository.store.get(name)
     except NotFound:
         return None
-    plain = open_object(repository.keyring, Kind.LEASE, name, data)
     try:
+        plain = open_object(repository.keyring, Kind.LEASE, name, data)
         return data, msgspec.msgpack.decode(plain, type=LeaseContent)
-    except (msgspec.DecodeError, msgspec.ValidationError):
-        raise Damaged(f"{name} is damaged (it holds no lease).") from None
+    except (Damaged, msgspec.DecodeError, msgspec.ValidationError):
+        return data, None
 
 
 def _is_stale(history: History, epoch: int, watch: dict[int, tuple[bytes, float]]) -> bool:
@@ -229,17 +232,21 @@ def _is_stale(history: History, epoch: int, watch: dict[int, tuple[bytes, float]
     if found is None:
         return True
     data, content = found
-    if content.host == socket.gethostname() and content.machine in ("", _machine_id()):
-        if content.boot != boot_id():
-            return True
-        if _pid_start(content.pid) != content.pid_start:
-            return True
+    if content is not None and _is_dead(content):
+        return True
     now = time.monotonic()
     seen, since = watch.get(epoch, (b"", now))
     if seen != data:
         watch[epoch] = (data, now)
         return False
     return now - since > STALE_S
+
+
+def _is_dead(content: LeaseContent) -> bool:
+    """Whether the holder was a process of this host that is no more."""
+    if content.host != socket.gethostname() or content.machine not in ("", _machine_id()):
+        return False
+    return content.boot != boot_id() or _pid_start(content.pid) != content.pid_start
 
 
 def _watch_path(history: History) -> Path:
@@ -290,6 +297,13 @@ def _who(history: History, epoch: int) -> str:
     if found is None:
         return f"{name} is being synced by another process. Wait for it."
     content = found[1]
+    if content is None:
+        return (
+            f"{names.lease(history.policy.id, epoch)}, the lease of a sync of {name}, is damaged:"
+            " nobody can tell whether that sync still runs. If none does, delete that object, or"
+            f" `cloudfs sync {name} --wait`, which takes it over when it did not change for"
+            f" {STALE_S:.0f} seconds."
+        )
     since = time.strftime("%H:%M:%S", time.localtime(content.since_ns / 1e9))
     return (
         f"{name} is being synced by host {content.host} (process {content.pid}, since {since})."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cloudfs.core.errors import CloudfsError, Damaged, NoRepository, RolledBack, WrongKey
+from cloudfs.core.errors import CloudfsError, Damaged, Held, NoRepository, RolledBack, WrongKey
 from cloudfs.core.manifest import Manifest
 from cloudfs.core.rows import Table
 from cloudfs.db.local import LocalState
@@ -22,7 +23,7 @@ from cloudfs.format.tables import FILE_HEADER, read_tail
 from cloudfs.repo import keys
 from cloudfs.repo.history import History
 from cloudfs.repo.keys import Secret
-from cloudfs.repo.lease import acquire
+from cloudfs.repo.lease import STALE_S, _is_stale, acquire
 from cloudfs.repo.repository import Repository
 from tests.engine.rig import contents_of_tree, contents_of_view
 from tests.repo import sample
@@ -398,15 +399,42 @@ def judge_old(made: Sample, objects: Objects) -> None:
                     assert known is None or snapshot.tags or held == known
 
 
-def test_a_damaged_lease_stops_a_sync_with_a_sentence(made: Sample) -> None:
+def test_a_damaged_lease_is_that_of_a_stranger(
+    made: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of it is damaged: it is respected, the sentence says what to do, and it is taken
+    over when it did not change for long."""
     name = one_of_each(made, "lease")[0]
     data = made.objects[name]
+    now = time.monotonic()
     for place in range(len(data)):
+        monkeypatch.setattr(time, "monotonic", lambda: now)
         store = sample.opened(made.objects | {name: flipped(data, place, 1)})
-        repository = Repository.open(store, sample.SECRET, Machine())
+        machine = Machine(tmp_path / str(place))
+        repository = Repository.open(store, sample.SECRET, machine)
         record = repository.policy(names.policy(name.split("/")[1]))
-        with pytest.raises(Damaged, match="lease"):
+        with pytest.raises(Held, match=f"^{name}.* is damaged.*delete that object.*--wait"):
             acquire(History(repository, record))
+        monkeypatch.setattr(time, "monotonic", lambda: now + STALE_S + 1)
+        lease, took_over = acquire(History(repository, record))
+        assert took_over
+        lease.release()
+        assert not [n for n in sample.objects_of(store) if n.startswith(name[:-4])]
+
+
+def test_a_damaged_lease_that_still_changes_is_respected(
+    made: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder is alive and writes it again and again, though none of that can be opened."""
+    name = one_of_each(made, "lease")[0]
+    store = sample.opened(made.objects)
+    repository = Repository.open(store, sample.SECRET, Machine())
+    history = History(repository, repository.policy(names.policy(name.split("/")[1])))
+    watch: dict[int, tuple[bytes, float]] = {}
+    for beat in range(5):
+        monkeypatch.setattr(time, "monotonic", lambda beat=beat: beat * (STALE_S + 1))
+        store.put(name, [flipped(made.objects[name], beat, 1)])
+        assert not _is_stale(history, 7, watch)
 
 
 def test_damage_in_one_file_leaves_the_others_readable(made: Sample) -> None:
