@@ -25,7 +25,7 @@ from cloudfs.cli.output import Output
 from cloudfs.cli.policies import PolicyFile, PolicyFiles
 from cloudfs.cli.secrets import SecretOptions
 from cloudfs.cli.target import is_url, split_url
-from cloudfs.core.errors import NoRepository, UsageError
+from cloudfs.core.errors import Damaged, NoRepository, UsageError
 from cloudfs.core.policy import Policy, check_url
 
 if TYPE_CHECKING:
@@ -171,8 +171,13 @@ class App:
         file = place.file
         if file is not None and file.policy.id:
             return [PolicyRecord(file.policy.id, file.policy.name, file.text)]
-        found = repository.policies()
+        damaged: list[Damaged] = []
+        found = repository.policies(damaged.append)
         wanted = [r for r in found if r.name == place.policy_name or not place.policy_name]
+        if not wanted and damaged:
+            raise damaged[0]  # it may be the one that is meant
+        for error in damaged:
+            self.output.warn(f"cloudfs: {error}")
         if not wanted and place.policy_name:
             there = ", ".join(record.name for record in found) or "none"
             raise NoRepository(
@@ -239,8 +244,11 @@ class App:
 
 
 def check_name_is_free(repository: Repository, name: str) -> None:
-    """Raise UsageError where the repository holds a policy of this name."""
-    if any(record.name == name for record in repository.policies()):
+    """Raise UsageError where the repository holds a policy of this name.
+
+    What is damaged has none that could be taken; who lists policies is told of it.
+    """
+    if any(record.name == name for record in repository.policies(lambda _: None)):
         raise UsageError(
             f"{repository.url} already holds a policy called {name}. Choose another name, or"
             f" `cloudfs policy create {name} --adopt --repo {repository.url}` to go on with it."

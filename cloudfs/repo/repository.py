@@ -206,19 +206,35 @@ class Repository:
 
     # -- policies --------------------------------------------------------------------------
 
-    def policies(self) -> list[PolicyRecord]:
-        """The policies that the repository holds, by name. One request, and one for each."""
-        found = [self.policy(info.name) for info in self.store.list(names.POLICIES)]
+    def policies(self, complain: Callable[[Damaged], None] | None = None) -> list[PolicyRecord]:
+        """The policies that the repository holds, by name. One request, and one for each.
+
+        A damaged one is handed to ``complain`` and passed over; without that it is raised.
+        """
+        found = []
+        for info in self.store.list(names.POLICIES):
+            try:
+                found.append(self.policy(info.name))
+            except NotFound:
+                continue  # removed since it was listed
+            except Damaged as error:
+                if complain is None:
+                    raise
+                complain(error)
         return sorted(found, key=lambda record: (record.name, record.id))
 
     def policy(self, object_name: str) -> PolicyRecord:
         """One policy by the name of its object."""
         data = self.store.get(object_name)
-        plain = open_object(self.keyring, Kind.POLICY, object_name, data)
         try:
+            plain = open_object(self.keyring, Kind.POLICY, object_name, data)
             return msgspec.msgpack.decode(plain, type=PolicyRecord)
-        except (msgspec.DecodeError, msgspec.ValidationError):
-            raise Damaged(f"{object_name} is damaged (it holds no policy).") from None
+        except (Damaged, msgspec.DecodeError, msgspec.ValidationError):
+            raise Damaged(
+                f"{object_name}, the copy of a policy in {self.url}, is damaged; its snapshots are"
+                " not touched by that. To have it written again, change something of the policy"
+                " with `cloudfs policy set` on the machine that has its file, and sync."
+            ) from None
 
     def save_policy(self, name: str, text: str, policy_id: str | None = None) -> PolicyRecord:
         """Keep a policy's text, under a fresh id unless one is given. Durable when it returns."""
