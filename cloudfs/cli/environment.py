@@ -7,11 +7,14 @@ Directories are those of the platform: for root /etc/cloudfs, /var/lib/cloudfs a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloudfs.core.errors import UsageError
+
+SECRETS = "CLOUDFS_PASSPHRASE"
+"""How the names of all variables begin that hold a secret or lead to one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,26 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         state_dir=_directory(variables, "CLOUDFS_STATE_DIR", "state"),
         cache_dir=_directory(variables, "CLOUDFS_CACHE_DIR", "cache"),
     )
+
+
+def forget_secrets(variables: MutableMapping[str, str] = os.environ) -> None:
+    """Take what opens repositories out of the environment, once it was read.
+
+    No program that this process starts gets it then. What the kernel shows of this process in
+    /proc/PID/environ is the memory that it was started with, so that is overwritten.
+    """
+    names = [name for name in variables if name.startswith(SECRETS)]
+    if not names:
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_void_p
+    for name in names:
+        place = libc.getenv(os.fsencode(name))
+        if place is not None:
+            ctypes.memset(place, 0, len(ctypes.string_at(place)))
+        del variables[name]
 
 
 def _directory(variables: Mapping[str, str], name: str, kind: str) -> Path:

@@ -107,10 +107,11 @@ def _run(arguments: list[str] | None, interrupts: Interrupts, holder: list[App])
     app = None
     if not _only_help(given):
         from cloudfs.cli.app import App
-        from cloudfs.cli.environment import read_environment
+        from cloudfs.cli.environment import forget_secrets, read_environment
         from cloudfs.cli.output import Output
 
         app = App(read_environment(), Output(), interrupts)
+        forget_secrets()
         holder.append(app)
     code = cli.main(given, "cloudfs", obj=app, standalone_mode=False)
     return code if isinstance(code, int) else 0

@@ -3,8 +3,9 @@
 1. It is a fresh interpreter, not a fork: threads, LMDB environments and the state of the TLS
    library do not survive one. It is started early, so that it imports while the command still
    opens the repository.
-2. The job, which holds keys, goes to its standard input; nothing secret stands in its arguments.
-   End of file without a job ends it.
+2. The job, which holds keys, goes to its standard input; nothing secret stands in its arguments
+   or its environment, which can be read for as long as the mount is there. End of file without a
+   job ends it.
 3. It answers on its standard output with None when the mount is there, or with the error that the
    command is to show. After that it belongs to itself: own session, no terminal, errors to the
    log file.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cloudfs.fuse.job import MountJob
 
 LOG_BYTES = 1 << 20
+SECRETS = "CLOUDFS_PASSPHRASE"
 
 _M_ARENA_MAX = -8  # malloc.h
 _M_MMAP_THRESHOLD = -3
@@ -38,13 +40,17 @@ class Daemon:
     """A mount process that waits for its job."""
 
     def __init__(self, *, environment: Mapping[str, str] | None = None) -> None:
-        """Start the process; returns at once. ``environment``: its own, if not this process's."""
+        """Start the process; returns at once.
+
+        ``environment``: its own, if not this process's; passphrases in it are left out.
+        """
+        given = os.environ if environment is None else environment
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "cloudfs.fuse.daemon"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env=environment,
+            env={name: value for name, value in given.items() if not name.startswith(SECRETS)},
         )
 
     @property
