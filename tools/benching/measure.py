@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SAMPLE_S = 0.05
+OUTPUT_BYTES = 4000
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Cost:
     wall_s: float
     peak_mb: int
     cpu_s: float
+    output: str = ""
+    """The end of what was printed."""
 
 
 class Failed(Exception):
@@ -63,42 +67,71 @@ def processor_s(pids: list[int]) -> dict[int, float]:
     return found
 
 
+class _Sampler(threading.Thread):
+    """Looks, many times a second, at processes and all below them, until it is told to stop."""
+
+    def __init__(self, pid: int, watch: Sequence[int]) -> None:
+        super().__init__(daemon=True)
+        self._pids = [pid, *watch]
+        self._before = processor_s(list(watch))
+        self._spent: dict[int, float] = {}
+        self._done = threading.Event()
+        self.peak_mb = 0
+        self.start()
+
+    def run(self) -> None:
+        while not self._done.wait(SAMPLE_S):
+            self.peak_mb = max(self.peak_mb, memory_mb(self._pids))
+            self._spent |= processor_s(self._pids)
+
+    def stop(self) -> tuple[float, float]:
+        """Processor seconds of the processes that were there before, and of the others."""
+        self._done.set()
+        self.join()
+        old = {pid: spent for pid, spent in self._spent.items() if pid in self._before}
+        watched = sum(old.values()) - sum(self._before[pid] for pid in old)
+        return watched, sum(self._spent.values()) - sum(old.values())
+
+
 def run(
-    command: list[str], env: dict[str, str], *, cwd: Path | None = None, watch: int = 0
+    command: list[str],
+    env: dict[str, str],
+    *,
+    cwd: Path | None = None,
+    watch: Sequence[int] = (),
+    timeout_s: float | None = None,
 ) -> Cost:
-    """Run a command to its end; ``watch`` is a further process whose memory counts."""
+    """Run a command to its end; what the processes ``watch`` cost meanwhile is part of its cost.
+
+    Raises Failed when it does not succeed, or not in time.
+    """
     before = os.times()
     started = time.perf_counter()
     with subprocess.Popen(
         command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
-        peak = 0
-        spent: dict[int, float] = {}
-        done = threading.Event()
-
-        def sample() -> None:
-            nonlocal peak
-            while not done.wait(SAMPLE_S):
-                spent.update(processor_s([process.pid]))
-                peak = max(peak, memory_mb([process.pid, *([watch] if watch else [])]))
-
-        sampler = threading.Thread(target=sample, daemon=True)
-        sampler.start()
+        sampler = _Sampler(process.pid, watch)
+        timer = threading.Timer(timeout_s or 0, process.kill)
+        if timeout_s is not None:
+            timer.start()
         assert process.stdout is not None
         output = b""
         for line in process.stdout:
-            output = (output + line)[-2000:]
+            output = (output + line)[-OUTPUT_BYTES:]
         process.wait()
         wall = time.perf_counter() - started
-        done.set()
-        sampler.join()
+        timer.cancel()
+        watched, spent = sampler.stop()
     after = os.times()
+    shown = output.decode(errors="replace")
+    if timeout_s is not None and wall > timeout_s:
+        raise Failed(f"{' '.join(command[:4])} … took more than {timeout_s:g} s")
     if process.returncode != 0:
-        shown = output.decode(errors="replace")
         raise Failed(f"{' '.join(command[:4])} … ended with {process.returncode}: {shown}")
-    cpu = after.children_user + after.children_system - before.children_user
+    cpu = after.children_user + after.children_system
+    cpu -= before.children_user + before.children_system
     # A process whose parent did not wait for it is only in the samples.
-    return Cost(wall, peak, max(cpu - before.children_system, sum(spent.values())))
+    return Cost(wall, sampler.peak_mb, max(cpu, spent) + watched, shown)
 
 
 @dataclass
@@ -107,18 +140,27 @@ class Results:
 
     rows: dict[tuple[str, str], dict[str, Cost]] = field(default_factory=dict)
     numbers: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    asked: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def add(self, scenario: str, step: str, program: str, cost: Cost) -> None:
-        """Keep the cheaper of this and what an earlier run took."""
+    def add(
+        self, scenario: str, step: str, program: str, cost: Cost, asked: float | None = None
+    ) -> None:
+        """Keep the cheaper of this and what an earlier run took. ``asked``: seconds at most."""
         print(f"  {scenario}: {step}: {program}: {cost.wall_s:.2f} s", file=sys.stderr, flush=True)
         row = self.rows.setdefault((scenario, step), {})
         if program not in row or cost.wall_s < row[program].wall_s:
             row[program] = cost
+        if asked is not None:
+            self.asked[scenario, step] = asked
 
-    def number(self, scenario: str, step: str, program: str, value: float) -> None:
-        """Keep a figure that is no time: MB, requests."""
+    def number(
+        self, scenario: str, step: str, program: str, value: float, asked: float | None = None
+    ) -> None:
+        """Keep a figure that is no time: MB, requests. ``asked``: so much at most."""
         print(f"  {scenario}: {step}: {program}: {value:g}", file=sys.stderr, flush=True)
         self.numbers.setdefault((scenario, step), {})[program] = value
+        if asked is not None:
+            self.asked[scenario, step] = asked
 
     def print(self, scenario: str) -> None:
         """A table of one scenario. The ratio is the best peer's figure over that of cloudfs."""
@@ -129,19 +171,27 @@ class Results:
                     f"{program} {cost.wall_s:.2f} s {cost.peak_mb} MB {cost.cpu_s:.1f} cpu"
                     for program, cost in row.items()
                 )
-                print(f"  {step:34} {shown}{_ratio({p: c.wall_s for p, c in row.items()})}")
+                self._print(scenario, step, shown, {p: c.wall_s for p, c in row.items()})
         for (name, step), values in self.numbers.items():
             if name == scenario:
                 shown = "  ".join(f"{program} {value:g}" for program, value in values.items())
-                print(f"  {step:34} {shown}{_ratio(values)}")
+                self._print(scenario, step, shown, values)
         sys.stdout.flush()
+
+    def _print(self, scenario: str, step: str, shown: str, values: dict[str, float]) -> None:
+        asked = self.asked.get((scenario, step))
+        verdict = ""
+        if asked is not None and "cloudfs" in values:
+            verdict = f"  asked ≤ {asked:g}: {'yes' if values['cloudfs'] <= asked else 'NO'}"
+        print(f"  {step:46} {shown}{_ratio(values)}{verdict}")
 
     def as_json(self) -> list[dict[str, object]]:
         """The same for programs."""
         found: list[dict[str, object]] = []
         for (scenario, step), row in self.rows.items():
             for program, cost in row.items():
-                found.append({"scenario": scenario, "step": step, "program": program} | vars(cost))
+                figures = {"wall_s": cost.wall_s, "peak_mb": cost.peak_mb, "cpu_s": cost.cpu_s}
+                found.append({"scenario": scenario, "step": step, "program": program, **figures})
         for (scenario, step), values in self.numbers.items():
             for program, value in values.items():
                 found.append(

@@ -2,10 +2,14 @@
 
 Every program gets an empty repository and empty caches on the same file system as the data, no
 questions, and its own default of compression, or zstd where its default is none.
+
+A peer is named as it is called, or by a label and a path, ``restic-0.14=/usr/bin/restic``. A label
+begins with the name of the program that it stands for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,33 +18,51 @@ import sys
 import time
 from pathlib import Path
 
-from benching.measure import Cost, Failed, run
+from benching.measure import Cost, Failed, memory_mb, processor_s, run
 
 SECRET = "correct horse battery staple"
+MARK = "CLOUDFS_BENCH"
+"""A variable in the environment of all that a program starts, detached processes as well."""
 
 
 class Program:
     """One backup program working on one repository below ``base``."""
 
-    name = ""
+    kind = ""
+    speaks_s3 = False
+    local: tuple[str, ...] = ("cache",)
+    """What is kept below ``base`` beside the repository."""
 
-    def __init__(self, base: Path) -> None:
-        self.base = base / self.name
+    def __init__(self, base: Path, label: str, path: str) -> None:
+        self.name = label
+        self.path = path
+        self.base = base / label
         self.s3: dict[str, str] = {}  # endpoint and keys, when the repository is to lie there
         self.bucket = ""
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def version(self) -> str:
-        """Name and version."""
-        return self.name
+        """Its label, and what it says of itself."""
+        return f"{self.name}: {_first_words([self.path, '--version'], 2)}"
 
     @property
     def env(self) -> dict[str, str]:
         """The environment of all runs."""
-        return {**os.environ, **self.s3, **self._own()}
+        return {**os.environ, **self.s3, **self._own(), MARK: str(self.base)}
 
     def _own(self) -> dict[str, str]:
         return {}
+
+    def processes(self) -> list[int]:
+        """Those that run now, the one that serves a mount above all."""
+        wanted = f"{MARK}={self.base}".encode()
+        found = []
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if wanted in place.read_bytes().split(b"\0"):
+                    found.append(int(place.parent.name))
+        return found
 
     def fresh(self, source: Path, bucket: str = "", s3: dict[str, str] | None = None) -> None:
         """Begin with an empty repository, empty caches and nothing remembered."""
@@ -63,25 +85,29 @@ class Program:
         """Back the source up."""
         raise AssertionError
 
-    def restore(self, source: Path, target: Path) -> Path:
-        """The command of a restore goes to :meth:`restore_command`; where the tree then lies."""
-        return target
-
     def restore_command(self, source: Path, target: Path) -> list[str]:
         """Restore the last backup."""
         raise AssertionError
+
+    def forget(self) -> None:
+        """Be another machine: lose all caches, and what is known of the repository."""
+        for part in self.local:
+            shutil.rmtree(self.base / part, ignore_errors=True)
+
+    def requests(self, cost: Cost) -> dict[str, float]:
+        """How many requests a run says that it sent, by kind; empty where it does not say."""
+        return {}
 
     def mount(self, mountpoint: Path) -> tuple[Cost, Path] | None:
         """Mount; the cost until the backup can be listed, and where it lies. None: cannot."""
         return None
 
     def unmount(self, mountpoint: Path) -> None:
-        """Unmount."""
+        """Unmount, and wait until the process has ended."""
         subprocess.run(["fusermount3", "-u", str(mountpoint)], check=False, capture_output=True)
-
-    def serving_pid(self) -> int:
-        """The process that serves the mount."""
-        return self._process.pid if getattr(self, "_process", None) else 0
+        if self._process is not None:
+            self._process.wait(60)
+            self._process = None
 
     def _serve(self, command: list[str], mountpoint: Path, find: str) -> tuple[Cost, Path]:
         started = time.perf_counter()
@@ -90,8 +116,10 @@ class Program:
         )
         while time.perf_counter() - started < 60:
             found = sorted(mountpoint.glob(find)) if os.path.ismount(mountpoint) else []
-            if found:
-                return Cost(time.perf_counter() - started, 0, 0), found[-1]
+            if found and os.listdir(found[-1]):
+                wall = time.perf_counter() - started
+                pids = [self._process.pid]
+                return Cost(wall, memory_mb(pids), sum(processor_s(pids).values())), found[-1]
             time.sleep(0.01)
         raise Failed(f"{self.name} did not mount in a minute")
 
@@ -105,7 +133,15 @@ class Program:
 class Cloudfs(Program):
     """cloudfs, as it is installed in this checkout."""
 
-    name = "cloudfs"
+    kind = "cloudfs"
+    speaks_s3 = True
+    local = ("config", "state", "cache")
+
+    def __init__(self, base: Path) -> None:
+        beside = Path(sys.executable).with_name("cloudfs")
+        venv = Path(__file__).resolve().parents[2] / ".venv/bin/cloudfs"
+        path = next((str(p) for p in (beside, venv) if p.exists()), "cloudfs")
+        super().__init__(base, self.kind, path)
 
     def _own(self) -> dict[str, str]:
         return {
@@ -116,63 +152,52 @@ class Cloudfs(Program):
         }
 
     @property
-    def program(self) -> str:
-        """The program beside this interpreter, or on the PATH."""
-        beside = Path(sys.executable).with_name("cloudfs")
-        venv = Path(__file__).resolve().parents[2] / ".venv/bin/cloudfs"
-        return str(next((p for p in (beside, venv) if p.exists()), "cloudfs"))
-
-    @property
     def url(self) -> str:
         """Where the repository lies."""
         return f"s3://{self.bucket}/cloudfs" if self.bucket else f"file://{self.base}/repository"
 
+    @property
+    def _endpoint(self) -> list[str]:
+        return ["--endpoint-url", self.s3["ENDPOINT"]] if self.bucket else []
+
+    @property
+    def _place(self) -> list[str]:
+        """How the repository is named: by its policy, where this machine knows it."""
+        return ["bench"] if (self.base / "config").exists() else [self.url, *self._endpoint]
+
     def init(self, source: Path) -> None:
-        endpoint = ["--endpoint-url", self.s3["ENDPOINT"]] if self.bucket else []
         self.quietly(
-            self.program, "policy", "create", "bench", "--source", str(source),
-            "--repo", self.url, *endpoint,
+            self.path, "policy", "create", "bench", "--source", str(source),
+            "--repo", self.url, *self._endpoint,
         )  # fmt: skip
 
     def backup(self, source: Path) -> Cost:
-        return run([self.program, "sync", "bench"], self.env)
+        return run([self.path, "sync", "bench", "--json"], self.env)
 
-    def requests_of_backup(self) -> dict[str, float]:
-        """Run a sync and tell what it asked of the store."""
-        done = subprocess.run(
-            [self.program, "sync", "bench", "--json"], env=self.env, capture_output=True, check=True
-        )
-        summary = json.loads(done.stdout.splitlines()[-1])
-        return {kind: summary[kind] for kind in ("requests", "puts", "gets")}
-
-    def forget_local(self) -> None:
-        """Be another machine."""
-        for part in ("state", "cache"):
-            shutil.rmtree(self.base / part, ignore_errors=True)
+    def requests(self, cost: Cost) -> dict[str, float]:
+        summary = json.loads(cost.output.splitlines()[-1])
+        return {kind: summary[kind] for kind in ("requests", "gets", "puts") if kind in summary}
 
     def restore_command(self, source: Path, target: Path) -> list[str]:
-        return [self.program, "restore", "bench", "--target", str(target)]
+        return [self.path, "restore", *self._place, "--target", str(target), "--json"]
 
     def mount(self, mountpoint: Path) -> tuple[Cost, Path]:
-        cost = run([self.program, "mount", "bench", str(mountpoint)], self.env)
+        cost = run([self.path, "mount", *self._place, str(mountpoint)], self.env)
         started = time.perf_counter()
         latest = mountpoint / "latest"
         os.listdir(latest)
         wall = cost.wall_s + time.perf_counter() - started
         return Cost(wall, cost.peak_mb, cost.cpu_s), latest.resolve()
 
-    def serving_pid(self) -> int:
-        found = subprocess.run(["pgrep", "-f", "cloudfs.*mount"], capture_output=True, check=False)
-        return max((int(pid) for pid in found.stdout.split()), default=0)
-
     def unmount(self, mountpoint: Path) -> None:
-        self.quietly(self.program, "umount", str(mountpoint))
+        self.quietly(self.path, "umount", str(mountpoint))
 
 
 class Restic(Program):
     """restic with its default compression."""
 
-    name = "restic"
+    kind = "restic"
+    speaks_s3 = True
 
     def _own(self) -> dict[str, str]:
         place = f"{self.base}/repository"
@@ -186,28 +211,27 @@ class Restic(Program):
 
     @property
     def version(self) -> str:
-        return _first_words(["restic", "version"], 2)
+        return f"{self.name}: {_first_words([self.path, 'version'], 2)}"
 
     def init(self, source: Path) -> None:
-        self.quietly("restic", "init")
+        self.quietly(self.path, "init")
 
     def backup(self, source: Path) -> Cost:
-        return run(["restic", "-q", "backup", "."], self.env, cwd=source)
+        return run([self.path, "-q", "backup", "."], self.env, cwd=source)
 
     def restore_command(self, source: Path, target: Path) -> list[str]:
-        return ["restic", "-q", "restore", "latest", "--target", str(target)]
-
-    def restore(self, source: Path, target: Path) -> Path:
-        return target
+        return [self.path, "-q", "restore", "latest", "--target", str(target)]
 
     def mount(self, mountpoint: Path) -> tuple[Cost, Path]:
-        return self._serve(["restic", "-q", "mount", str(mountpoint)], mountpoint, "snapshots/2*")
+        return self._serve([self.path, "-q", "mount", str(mountpoint)], mountpoint, "snapshots/2*")
 
 
 class Kopia(Program):
     """kopia with zstd, since it does not compress by default."""
 
-    name = "kopia"
+    kind = "kopia"
+    speaks_s3 = True
+    local = ("config", "cache", "logs")
 
     def _own(self) -> dict[str, str]:
         return {
@@ -219,42 +243,55 @@ class Kopia(Program):
         }
 
     @property
-    def version(self) -> str:
-        return "kopia " + _first_words(["kopia", "--version"], 1)
+    def _place(self) -> list[str]:
+        if not self.bucket:
+            return ["filesystem", f"--path={self.base}/repository"]
+        host = self.s3["ENDPOINT"].removeprefix("http://")
+        return [
+            "s3", f"--bucket={self.bucket}", "--prefix=kopia/", f"--endpoint={host}",
+            "--disable-tls", f"--access-key={self.s3['AWS_ACCESS_KEY_ID']}",
+            f"--secret-access-key={self.s3['AWS_SECRET_ACCESS_KEY']}",
+        ]  # fmt: skip
+
+    def forget(self) -> None:
+        super().forget()
+        (self.base / "config").unlink(missing_ok=True)
+
+    def _connect(self) -> None:
+        """Be told where the repository is, where that was forgotten."""
+        if not (self.base / "config").exists():
+            self.quietly(self.path, "repository", "connect", *self._place)
 
     def init(self, source: Path) -> None:
-        place = ["filesystem", f"--path={self.base}/repository"]
-        if self.bucket:
-            host = self.s3["ENDPOINT"].removeprefix("http://")
-            place = [
-                "s3", f"--bucket={self.bucket}", "--prefix=kopia/", f"--endpoint={host}",
-                "--disable-tls", f"--access-key={self.s3['AWS_ACCESS_KEY_ID']}",
-                f"--secret-access-key={self.s3['AWS_SECRET_ACCESS_KEY']}",
-            ]  # fmt: skip
-        self.quietly("kopia", "repository", "create", *place)
-        self.quietly("kopia", "policy", "set", "--global", "--compression=zstd")
+        self.quietly(self.path, "repository", "create", *self._place)
+        self.quietly(self.path, "policy", "set", "--global", "--compression=zstd")
 
     def backup(self, source: Path) -> Cost:
-        return run(["kopia", "snapshot", "create", str(source)], self.env)
+        return run([self.path, "snapshot", "create", str(source)], self.env)
 
     def restore_command(self, source: Path, target: Path) -> list[str]:
-        return ["kopia", "restore", self._last(source), str(target)]
+        self._connect()
+        return [self.path, "restore", self._last(source), str(target)]
 
     def _last(self, source: Path) -> str:
         done = subprocess.run(
-            ["kopia", "snapshot", "list", "--json", str(source)],
+            [self.path, "snapshot", "list", "--json", str(source)],
             env=self.env, capture_output=True, check=True,
         )  # fmt: skip
         return str(json.loads(done.stdout)[-1]["id"])
 
     def mount(self, mountpoint: Path) -> tuple[Cost, Path]:
-        return self._serve(["kopia", "mount", "all", str(mountpoint)], mountpoint, "*/*/*")
+        started = time.perf_counter()
+        self._connect()
+        connected_s = time.perf_counter() - started
+        cost, top = self._serve([self.path, "mount", "all", str(mountpoint)], mountpoint, "*/*/*")
+        return Cost(connected_s + cost.wall_s, cost.peak_mb, cost.cpu_s), top
 
 
 class Rustic(Program):
     """rustic with its default compression."""
 
-    name = "rustic"
+    kind = "rustic"
 
     def _own(self) -> dict[str, str]:
         return {
@@ -265,19 +302,20 @@ class Rustic(Program):
         }
 
     def init(self, source: Path) -> None:
-        self.quietly("rustic", "init")
+        self.quietly(self.path, "init")
 
     def backup(self, source: Path) -> Cost:
-        return run(["rustic", "backup", "."], self.env, cwd=source)
+        return run([self.path, "backup", "."], self.env, cwd=source)
 
     def restore_command(self, source: Path, target: Path) -> list[str]:
-        return ["rustic", "restore", "latest", str(target)]
+        return [self.path, "restore", "latest", str(target)]
 
 
 class Borg(Program):
     """borg 1 with zstd at level 3."""
 
-    name = "borg"
+    kind = "borg"
+    local = ("own",)
 
     def _own(self) -> dict[str, str]:
         return {
@@ -286,22 +324,21 @@ class Borg(Program):
             "BORG_BASE_DIR": str(self.base / "own"),
         }
 
-    @property
-    def version(self) -> str:
-        return _first_words(["borg", "--version"], 2)
-
     def init(self, source: Path) -> None:
         self._count = 0
-        self.quietly("borg", "init", "-e", "repokey-blake2")
+        self.quietly(self.path, "init", "-e", "repokey-blake2")
 
     def backup(self, source: Path) -> Cost:
         self._count += 1
-        command = ["borg", "create", "-C", "zstd,3", f"::{self._count}", "."]
+        command = [self.path, "create", "-C", "zstd,3", f"::{self._count}", "."]
         return run(command, self.env, cwd=source)
 
     def restore_command(self, source: Path, target: Path) -> list[str]:
-        inner = f"cd '{target}' && exec borg extract ::{self._count}"
+        inner = f"cd '{target}' && exec '{self.path}' extract ::{self._count}"
         return ["sh", "-c", inner]
+
+    def mount(self, mountpoint: Path) -> tuple[Cost, Path]:
+        return self._serve([self.path, "mount", "-f", "::", str(mountpoint)], mountpoint, "*")
 
 
 def _first_words(command: list[str], count: int) -> str:
@@ -310,7 +347,16 @@ def _first_words(command: list[str], count: int) -> str:
 
 
 def find_programs(base: Path, peers: list[str]) -> list[Program]:
-    """cloudfs, and those of the peers that are on the PATH."""
-    known: list[type[Program]] = [Restic, Kopia, Rustic, Borg]
-    found = [kind(base) for kind in known if kind.name in peers and shutil.which(kind.name)]
-    return [Cloudfs(base), *found]
+    """cloudfs, and the peers: those on the PATH, and those that are named with their paths."""
+    found: list[Program] = [Cloudfs(base)]
+    for peer in peers:
+        label, _, given = peer.partition("=")
+        kind = next(
+            (kind for kind in (Restic, Kopia, Rustic, Borg) if label.startswith(kind.kind)), None
+        )
+        path = shutil.which(given or label)
+        if given and (kind is None or path is None):
+            sys.exit(f"There is no such peer: {peer}.")
+        if kind is not None and path is not None:
+            found.append(kind(base, label, path))
+    return found

@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from benching import data
-from benching.measure import Cost, Failed, Results, memory_mb, run
+from benching import data, remote
+from benching.measure import Results, run
 from benching.programs import Cloudfs, Program
+from benching.steps import attempt, cold_mount, copy, mounted, restore
 
 Scenario = Callable[[Path, list[Program], Results], None]
-
-
-def _compare(source: Path, restored: Path) -> None:
-    done = subprocess.run(
-        ["rsync", "-anic", "--delete", f"{source}/", f"{restored}/"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    if any(not line.startswith(".d") for line in done.stdout.splitlines()):
-        raise Failed(f"what was restored differs: {done.stdout[:500]}")
-
-
-def _restore(program: Program, source: Path, base: Path) -> Cost:
-    target = base / "restored"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    cost = run(program.restore_command(source, target), program.env)
-    _compare(source, program.restore(source, target))
-    shutil.rmtree(target)
-    return cost
-
-
-@contextlib.contextmanager
-def _mounted(program: Program, base: Path) -> Iterator[tuple[Cost, Path] | None]:
-    mountpoint = base / "mount"
-    mountpoint.mkdir(exist_ok=True)
-    try:
-        yield program.mount(mountpoint)
-    finally:
-        program.unmount(mountpoint)
-
-
-def _attempt(step: str, program: Program, action: Callable[[], None]) -> None:
-    """A peer that cannot do a step leaves a gap; cloudfs must do every one."""
-    try:
-        action()
-    except (Failed, OSError) as error:
-        if isinstance(program, Cloudfs):
-            raise
-        print(f"  {step}: {program.name}: {error}", file=sys.stderr)
 
 
 def _tree(name: str, source: Path, base: Path, program: Program, results: Results) -> None:
@@ -64,21 +25,23 @@ def _tree(name: str, source: Path, base: Path, program: Program, results: Result
     results.add(name, "unchanged", program.name, program.backup(source))
 
 
-def _browse(name: str, base: Path, program: Program, results: Results, copy: str) -> None:
-    with _mounted(program, base) as mounted:
-        if mounted is None:
+def _browse(name: str, base: Path, program: Program, results: Results, directory: str) -> None:
+    """Look at everything in the mounted backup, and copy a directory of it where one is named."""
+    with mounted(program, base) as found:
+        if found is None:
             return
-        cost, top = mounted
+        cost, top = found
         results.add(name, "mount ready", program.name, cost)
-        pid = program.serving_pid()
-        results.add(name, "find -ls", program.name, run(["find", str(top), "-ls"], program.env))
-        if pid:
-            results.number(name, "mount's memory, MB", program.name, memory_mb([pid]))
-        if copy:
-            target = base / "copied"
-            cost = run(["cp", "-r", str(top / copy), str(target)], program.env)
-            results.add(name, f"cp -r {copy}", program.name, cost)
-            shutil.rmtree(target)
+        command = ["find", str(top), "-ls"]
+        cost = run(command, program.env, watch=program.processes())
+        results.add(name, "find -ls, memory of mount and find", program.name, cost)
+        if directory:
+            cost = copy(program, top / directory, base)
+            results.add(name, f"cp -r {directory}", program.name, cost)
+
+
+def _restore(name: str, source: Path, base: Path, program: Program, results: Results) -> None:
+    results.add(name, "restore", program.name, restore(program, source, base))
 
 
 def kernel(base: Path, programs: list[Program], results: Results) -> None:
@@ -88,18 +51,10 @@ def kernel(base: Path, programs: list[Program], results: Results) -> None:
     for program in programs:
         subprocess.run(["rsync", "-a", "--delete", f"{old}/", f"{live}/"], check=True)
         _tree("kernel", live, base, program, results)
-
-        def browse(program: Program = program) -> None:
-            _browse("kernel", base, program, results, "drivers/net")
-
-        _attempt("mount", program, browse)
+        attempt("mount", program, partial(_browse, "kernel", base, program, results, "drivers/net"))
         subprocess.run(["rsync", "-a", "--delete", f"{new}/", f"{live}/"], check=True)
         results.add("kernel", "tree becomes 6.12", program.name, program.backup(live))
-
-        def restore(program: Program = program) -> None:
-            results.add("kernel", "restore", program.name, _restore(program, live, base))
-
-        _attempt("restore", program, restore)
+        attempt("restore", program, partial(_restore, "kernel", live, base, program, results))
         shutil.rmtree(program.base)
 
 
@@ -120,41 +75,15 @@ def million(base: Path, programs: list[Program], results: Results) -> None:
     source = data.million(base)
     for program in programs:
         _tree("million", source, base, program, results)
-
-        def browse(program: Program = program) -> None:
-            _browse("million", base, program, results, "")
-
-        _attempt("mount", program, browse)
-        shutil.rmtree(program.base)
-
-
-def s3(base: Path, programs: list[Program], results: Results) -> None:
-    """The kernel tree over a real S3 server on the loopback."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from tests.servers import seaweedfs  # what the tests use
-
-    source = data.kernel(base, "6.1")
-    for program in programs:
-        if program.name in ("rustic", "borg"):
-            continue
-        with seaweedfs() as server:
-            env = {**server.environment, "ENDPOINT": server.endpoint_url}
-            program.fresh(source, server.bucket, env)
-            results.add("s3", "first backup", program.name, program.backup(source))
-            if isinstance(program, Cloudfs):
-                for kind, count in program.requests_of_backup().items():
-                    results.number("s3", f"unchanged: {kind}", program.name, count)
-                program.forget_local()
-                with _mounted(program, base) as mounted:
-                    assert mounted is not None
-                    results.add("s3", "cold mount to first ls", program.name, mounted[0])
-            results.add("s3", "restore", program.name, _restore(program, source, base))
+        attempt("mount", program, partial(_browse, "million", base, program, results, ""))
+        attempt("restore", program, partial(_restore, "million", source, base, program, results))
+        attempt("cold mount", program, partial(cold_mount, "million", program, base, results))
         shutil.rmtree(program.base)
 
 
 def help_(base: Path, programs: list[Program], results: Results) -> None:
     """How long the program takes to say what it is."""
-    command = [Cloudfs(base).program, "--help"]
+    command = [Cloudfs(base).path, "--help"]
     best = min((run(command, dict(os.environ)) for _ in range(5)), key=lambda cost: cost.wall_s)
     results.add("help", "cloudfs --help", "cloudfs", best)
 
@@ -162,7 +91,9 @@ def help_(base: Path, programs: list[Program], results: Results) -> None:
 ALL: dict[str, Scenario] = {
     "kernel": kernel,
     "vm": vm,
-    "s3": s3,
+    "s3": remote.s3,
+    "requests": remote.requests,
+    "latency": remote.latency,
     "million": million,
     "help": help_,
 }

@@ -1,0 +1,87 @@
+"""The steps that scenarios are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benching.measure import Cost, Failed, Results, run
+from benching.programs import Cloudfs, Program
+
+COLD = "cold mount to first ls"
+COLD_S = 2.0
+
+
+def compare(source: Path, restored: Path) -> None:
+    """Raise Failed where a restored tree is not its source: content, modes, owners, times."""
+    done = subprocess.run(
+        ["rsync", "-anic", "--delete", f"{source}/", f"{restored}/"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    if any(not line.startswith(".d") for line in done.stdout.splitlines()):
+        raise Failed(f"what was restored differs: {done.stdout[:500]}")
+
+
+def restore(
+    program: Program,
+    source: Path,
+    base: Path,
+    *,
+    begin: Callable[[], object] = lambda: None,
+    timeout_s: float | None = None,
+) -> Cost:
+    """Restore all of the last backup, and compare it. ``begin`` is called when all is prepared."""
+    target = base / "restored"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    try:
+        command = program.restore_command(source, target)
+        begin()
+        cost = run(command, program.env, timeout_s=timeout_s)
+        compare(source, target)
+    finally:
+        shutil.rmtree(target)
+    return cost
+
+
+def copy(program: Program, top: Path, base: Path, timeout_s: float | None = None) -> Cost:
+    """``cp -r`` of a directory of a mounted backup."""
+    target = base / "copied"
+    try:
+        command = ["cp", "-r", str(top), str(target)]
+        return run(command, program.env, watch=program.processes(), timeout_s=timeout_s)
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def mounted(program: Program, base: Path) -> Iterator[tuple[Cost, Path] | None]:
+    """Mount the backups: what it cost until the last one could be listed, and where that lies."""
+    mountpoint = base / "mount"
+    mountpoint.mkdir(exist_ok=True)
+    try:
+        yield program.mount(mountpoint)
+    finally:
+        program.unmount(mountpoint)
+
+
+def cold_mount(name: str, program: Program, base: Path, results: Results) -> None:
+    """Mount on a machine that has nothing but the place and the secret."""
+    program.forget()
+    with mounted(program, base) as found:
+        if found is not None:
+            results.add(name, COLD, program.name, found[0], asked=COLD_S)
+
+
+def attempt(step: str, program: Program, action: Callable[[], None]) -> None:
+    """A peer that cannot do a step leaves a gap; cloudfs must do every one."""
+    try:
+        action()
+    except (Failed, OSError) as error:
+        if isinstance(program, Cloudfs):
+            raise
+        print(f"  {step}: {program.name}: {error}", file=sys.stderr, flush=True)
