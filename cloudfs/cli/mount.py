@@ -88,7 +88,8 @@ def _job(app: App, policy: str, directory: str, *, allow_other: bool) -> tuple[M
         opening = WorkerOpening(
             place.url, place.options, repository.opening, local.cache_dir, local.state_dir
         )
-        job = job_of(opening, histories, directory, allow_other=allow_other)
+        whole = place.file is None and not place.policy_name
+        job = job_of(opening, histories, directory, allow_other=allow_other, whole=whole)
         if len(histories) == 1:
             count = human.count(len(histories[0].snapshots), "snapshot")
             return job, f"{histories[0].policy.name} at {_shown(job)}: {count}."

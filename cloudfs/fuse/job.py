@@ -25,6 +25,8 @@ class MountJob:
     mountpoint: str
     allow_other: bool = False
     log_file: Path | None = None
+    whole: bool = False
+    """Whether the repository is meant as such, with policies that are yet to come."""
 
 
 def job_of(
@@ -33,6 +35,7 @@ def job_of(
     mountpoint: str,
     *,
     allow_other: bool = False,
+    whole: bool = False,
 ) -> MountJob:
     """The job to mount these policies. Raises UsageError where the mountpoint cannot be used."""
     return MountJob(
@@ -40,4 +43,5 @@ def job_of(
         [(history.policy, history.manifest) for history in histories],
         places.check(mountpoint),
         allow_other,
+        whole=whole,
     )

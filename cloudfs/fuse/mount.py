@@ -27,6 +27,7 @@ from cloudfs.core.errors import CloudfsError
 from cloudfs.db.local import LocalState
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.job import MountJob, job_of
+from cloudfs.fuse.newcomers import Newcomers
 from cloudfs.fuse.patience import PatientStore
 from cloudfs.fuse.tree import Tree
 from cloudfs.fuse.view import View
@@ -58,7 +59,8 @@ def serve(job: MountJob, ready: Callable[[], None]) -> None:
     repository = Repository.reopen(store, given.opening, local)
     histories = [History(repository, record, manifest=m) for record, m in job.branches]
     near = given.url.startswith(("file:", "/"))
-    tree = Tree(histories, uid=os.geteuid(), gid=os.getegid())
+    finder = Newcomers(repository) if job.whole else None
+    tree = Tree(histories, uid=os.geteuid(), gid=os.getegid(), finder=finder)
     view = View(tree, refresh_s=REFRESH_NEAR_S if near else REFRESH_FAR_S)
     _init(view, path, _options(store.url, allow_other=job.allow_other))
     try:

@@ -3,7 +3,8 @@
 1. The top holds one directory for each policy, or, where there is one policy only, what would be
    in that directory: a directory for each snapshot named by its local time, the symlink
    ``latest`` and the directory ``by-number``. All that is *made up*; everything below a
-   snapshot's directory is rows.
+   snapshot's directory is rows. A policy that comes to the repository later gets a directory too;
+   what stood at the top stays where it is.
 2. Both are answered in the same terms: an inode number (see :mod:`cloudfs.fuse.inodes`) and a
    :class:`Meta`. Nothing is kept for what was looked up, so a million files cost nothing here.
 3. Snapshots never change. New ones are found by :meth:`Branch.refresh`; slots are given when a
@@ -19,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from cloudfs.core.errors import Damaged
@@ -36,6 +37,7 @@ from cloudfs.fuse.inodes import (
     split_made_up,
 )
 from cloudfs.fuse.listing import Listing, MadeUpListing, SnapshotListing
+from cloudfs.fuse.newcomers import Newcomers
 from cloudfs.repo.history import History
 from cloudfs.repo.view import SnapshotView
 
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 
 LATEST = b"latest"
 BY_NUMBER = b"by-number"
+RESERVED = (LATEST, BY_NUMBER)
 
 VIEWS_KEPT = 4
 SPARSE_SIZES_KEPT = 4096
@@ -84,8 +87,15 @@ def time_name(time_ns: int) -> bytes:
 class Tree:
     """The whole view of one mount."""
 
-    def __init__(self, histories: Sequence[History], *, uid: int, gid: int) -> None:
-        """``uid`` and ``gid`` own what is made up."""
+    def __init__(
+        self,
+        histories: Sequence[History],
+        *,
+        uid: int,
+        gid: int,
+        finder: Newcomers | None = None,
+    ) -> None:
+        """``uid`` and ``gid`` own what is made up; ``finder``, where new policies are shown too."""
         assert 0 < len(histories) <= MAX_POLICY
         self.branches = [Branch(history) for history in histories]
         self._owner = (uid, gid)
@@ -93,8 +103,10 @@ class Tree:
         self._slots: list[tuple[Branch, int]] = []  # slot - 1 -> branch, snapshot number
         self._views: OrderedDict[int, SnapshotView] = OrderedDict()
         self._sparse: dict[tuple[int, int], int] = {}
+        self._finder = finder
+        self._single = len(histories) == 1  # its snapshots stand at the top
         self._policies: dict[bytes, int] = {}
-        if len(histories) > 1:
+        if not self._single:
             for number, branch in enumerate(self.branches, start=1):
                 self._policies[_unused(branch, self._policies)] = number
         for branch in self.branches:
@@ -102,22 +114,41 @@ class Tree:
 
     # -- snapshots -------------------------------------------------------------------------
 
-    def refresh(self, branch: Branch) -> None:
-        """Take new snapshots of a policy up. Raises StoreError or Damaged; then all is as before.
+    def refresh(self, branch: Branch | None) -> None:
+        """Take new snapshots of a policy up, or (None) new policies. Raises StoreError or Damaged;
+        then all is as before.
 
         The views are made anew: the segments that the old ones read may be merged away.
         """
-        if branch.refresh():
+        if branch is None:
+            self._take_in()
+        elif branch.refresh():
             self._take_up(branch)
             with self._lock:
                 self._views.clear()
 
     def _take_up(self, branch: Branch) -> None:
         branch.take_up()
-        for number in branch.numbers:
-            if number not in branch.slots and len(self._slots) < MAX_SLOT:
-                self._slots.append((branch, number))
-                branch.slots[number] = len(self._slots)
+        with self._lock:
+            for number in branch.numbers:
+                if number not in branch.slots and len(self._slots) < MAX_SLOT:
+                    self._slots.append((branch, number))
+                    branch.slots[number] = len(self._slots)
+
+    def _take_in(self) -> None:
+        """Give new policies their directories."""
+        if self._finder is None:
+            return
+        known = {branch.history.policy.id for branch in self.branches}
+        for history in self._finder.find(known):
+            if len(self.branches) == MAX_POLICY:
+                return
+            branch = Branch(history)
+            self._take_up(branch)
+            taken = {*self._policies, *(RESERVED if self._single else ())}
+            self.branches.append(branch)
+            name = _unused(branch, taken)
+            self._policies = {**self._policies, name: len(self.branches)}
 
     def view(self, slot: int) -> SnapshotView:
         """The snapshot of a slot. Raises NoRepository where it was forgotten meanwhile."""
@@ -134,13 +165,14 @@ class Tree:
                 self._views.popitem(last=False)
         return found
 
-    def branches_at(self, ino: int) -> list[Branch]:
-        """The policies whose snapshots are named in a made-up directory; none for any other."""
+    def branches_at(self, ino: int) -> list[Branch | None]:
+        """What :meth:`refresh` may change in a made-up directory; nothing in any other."""
         slot, _ = split(ino)
         if slot:
             return []
         if ino == ROOT_INO:
-            return self.branches if not self._policies else []
+            found: list[Branch | None] = [self.branches[0]] if self._single else []
+            return found if self._finder is None else [*found, None]
         return [self.branches[split_made_up(ino)[0] - 1]]
 
     def policy_id(self, ino: int) -> str:
@@ -191,12 +223,13 @@ class Tree:
     def _branch_number(self, ino: int) -> tuple[int, Kind, int]:
         if ino != ROOT_INO:
             return split_made_up(ino)
-        return 0 if self._policies else 1, Kind.SNAPSHOTS, 0
+        return 1 if self._single else 0, Kind.SNAPSHOTS, 0
 
     def _made_up_names(self, ino: int) -> list[tuple[bytes, int]]:
         policy, kind, _ = self._branch_number(ino)
+        policies = [(n, made_up(p, Kind.SNAPSHOTS)) for n, p in self._policies.items()]
         if not policy:
-            return [(n, made_up(p, Kind.SNAPSHOTS)) for n, p in self._policies.items()]
+            return policies
         branch = self.branches[policy - 1]
         if kind == Kind.BY_NUMBER:
             return [(b"%d" % n, made_up(policy, Kind.NUMBER, n)) for n in branch.numbers]
@@ -207,14 +240,15 @@ class Tree:
         ]
         if found:
             found.append((LATEST, made_up(policy, Kind.LATEST)))
-        return [*found, (BY_NUMBER, made_up(policy, Kind.BY_NUMBER))]
+        found.append((BY_NUMBER, made_up(policy, Kind.BY_NUMBER)))
+        return found + policies if ino == ROOT_INO else found
 
     def _made_up_lookup(self, parent: int, name: bytes) -> Found | None:
         policy, kind, _ = self._branch_number(parent)
         ino = 0
-        if not policy:
-            if name in self._policies:
-                ino = made_up(self._policies[name], Kind.SNAPSHOTS)
+        if parent == ROOT_INO and name in self._policies:
+            ino = made_up(self._policies[name], Kind.SNAPSHOTS)
+        if ino or not policy:
             return self._found(ino)
         branch = self.branches[policy - 1]
         if kind == Kind.BY_NUMBER:
@@ -247,7 +281,8 @@ class Tree:
             return _directory(ino, uid, gid, newest, links)
         branch = self.branches[policy - 1]
         if kind == Kind.SNAPSHOTS:
-            return _directory(ino, uid, gid, branch.newest_ns, 3 + len(branch.names))
+            later = len(self._policies) if ino == ROOT_INO else 0
+            return _directory(ino, uid, gid, branch.newest_ns, 3 + len(branch.names) + later)
         if kind == Kind.BY_NUMBER:
             return _directory(ino, uid, gid, branch.newest_ns, 2)
         if not branch.numbers:
@@ -286,7 +321,7 @@ def _directory(ino: int, uid: int, gid: int, time_ns: int, links: int) -> Meta:
     )
 
 
-def _unused(branch: Branch, taken: dict[bytes, int]) -> bytes:
+def _unused(branch: Branch, taken: Collection[bytes]) -> bytes:
     """A policy's name; two of one name in one repository are told apart by their ids."""
     policy = branch.history.policy
     name = policy.name.replace("/", "_").encode(errors="surrogateescape")

@@ -100,8 +100,9 @@ class View(pyfuse3.Operations):
         self._tree = tree
         self._refresh_s = refresh_s
         self._clock_s = clock_s
-        self._refreshed: dict[Branch, float] = dict.fromkeys(tree.branches, clock_s())
-        self._refreshing: dict[Branch, trio.Event] = {}
+        self._made = clock_s()
+        self._refreshed: dict[Branch | None, float] = {}
+        self._refreshing: dict[Branch | None, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
         self.turns = Turns()
         self._complaint = ""
@@ -164,9 +165,9 @@ class View(pyfuse3.Operations):
     # -- new snapshots ---------------------------------------------------------------------
 
     async def _look_for_news(self, ino: int) -> None:
-        """Where ``ino`` shows snapshots, learn of new ones, but wait only so long for that."""
+        """Where ``ino`` shows snapshots or policies, learn of new ones, but wait only so long."""
         for branch in self._tree.branches_at(ino):
-            if self._clock_s() - self._refreshed[branch] < self._refresh_s:
+            if self._clock_s() - self._refreshed.get(branch, self._made) < self._refresh_s:
                 continue
             done = self._refreshing.get(branch)
             if done is None:
@@ -176,13 +177,14 @@ class View(pyfuse3.Operations):
             with self.turns.away(), trio.move_on_after(REFRESH_WAIT_S):
                 await done.wait()
 
-    async def _refresh(self, branch: Branch, done: trio.Event) -> None:
+    async def _refresh(self, branch: Branch | None, done: trio.Event) -> None:
+        what = "policies" if branch is None else "snapshots"
         try:
             await self._in_thread(self._tree.refresh, branch)
         except CloudfsError as error:
-            self.complain(f"Looking for new snapshots failed: {error}")
+            self.complain(f"Looking for new {what} failed: {error}")
         except Exception:
-            log.exception("Looking for new snapshots failed")
+            log.exception("Looking for new %s failed", what)
         finally:
             self._refreshed[branch] = self._clock_s()
             del self._refreshing[branch]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -206,13 +206,18 @@ class Repository:
 
     # -- policies --------------------------------------------------------------------------
 
-    def policies(self, complain: Callable[[Damaged], None] | None = None) -> list[PolicyRecord]:
+    def policies(
+        self, complain: Callable[[Damaged], None] | None = None, *, known: Collection[str] = ()
+    ) -> list[PolicyRecord]:
         """The policies that the repository holds, by name. One request, and one for each.
 
-        A damaged one is handed to ``complain`` and passed over; without that it is raised.
+        Those whose ids are ``known`` are left out. A damaged one is handed to ``complain`` and
+        passed over; without that it is raised.
         """
         found = []
         for info in self.store.list(names.POLICIES):
+            if info.name.removeprefix(names.POLICIES) in known:
+                continue
             try:
                 found.append(self.policy(info.name))
             except NotFound:

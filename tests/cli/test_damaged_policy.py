@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Machine
+from tests.fuse.conftest import wait_until
 
 
 @pytest.fixture
@@ -26,10 +28,17 @@ def two(home: Machine, tmp_path: Path, repo: str) -> tuple[Machine, str]:
     return home, f"policy/{copy.name}"
 
 
+def mend(machine: Machine) -> None:
+    """What the sentence says."""
+    machine.run("policy", "set", "home", "--tag", "again")
+    machine.run("sync", "home")
+
+
 def test_the_others_are_there_on_any_machine(
     two: tuple[Machine, str], other_machine: Machine, repo: str, tmp_path: Path
 ) -> None:
     name = two[1]
+    assert name in other_machine.fails(13, "snapshots", f"{repo}#home")
     for arguments in (
         ["snapshots", repo],
         ["snapshots", f"{repo}#work"],
@@ -45,9 +54,11 @@ def test_the_others_are_there_on_any_machine(
     try:
         assert done.err.count(name) == 1
         assert (tmp_path / "mnt" / "latest" / "file").read_text() == "of work"
+        mend(two[0])
+        wait_until(lambda: "home" in os.listdir(tmp_path / "mnt"))
+        assert (tmp_path / "mnt" / "home" / "latest" / "a file").read_text() == "x"
     finally:
         other_machine.run("umount", tmp_path / "mnt")
-    assert name in other_machine.fails(13, "snapshots", f"{repo}#home")
 
 
 def test_a_machine_with_the_policies_does_not_need_the_copies(two: tuple[Machine, str]) -> None:
@@ -58,8 +69,7 @@ def test_a_machine_with_the_policies_does_not_need_the_copies(two: tuple[Machine
 
 def test_what_the_sentence_says_mends_it(two: tuple[Machine, str], repo: str) -> None:
     machine, name = two
-    machine.run("policy", "set", "home", "--tag", "again")
-    machine.run("sync", "home")
+    mend(machine)
     done = machine.run("snapshots", f"{repo}#home")
     assert name not in done.err and done.out
 

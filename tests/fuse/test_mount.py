@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -262,3 +263,60 @@ def test_the_kernel_reads_far_ahead_and_knows_the_size(bench: Bench, tree: Path,
             record.stats.symlinks + record.stats.others
         )
         assert (found.f_bfree, found.f_namemax) == (0, 255)
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_policies_that_come_later_appear(
+    bench: Bench, mnt: Path, tmp_path: Path, before: int
+) -> None:
+    names = ["home", "work", "latest", "by-number"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of").write_text(name)
+    for name in names[:before]:
+        bench.sync(tmp_path / name, policy=name)
+    with bench.mounted(mnt, whole=True):
+        top = set(os.listdir(mnt))
+        shown = mnt / ("latest" if before == 1 else "home/latest") / "of"
+        with shown.open() as opened:
+            for name in names[before:]:
+                bench.sync(tmp_path / name, policy=name)
+            wait_until(lambda: len(os.listdir(mnt)) == len(top) + len(names) - before)
+            assert top < set(os.listdir(mnt))
+            assert opened.read() == shown.read_text() == "home"  # what was there stays
+        for name in names[before:]:
+            found = [n for n in set(os.listdir(mnt)) - top if n.partition(".")[0] == name]
+            assert (mnt / found[0] / "latest" / "of").read_text() == name
+            assert sorted(os.listdir(mnt / found[0]))[1:] == ["by-number", "latest"]
+        (tmp_path / "work" / "more").write_text("more")
+        bench.sync(tmp_path / "work", policy="work")
+        wait_until((mnt / "work" / "latest" / "more").exists)
+        inodes = [entry.inode() for entry in os.scandir(mnt)]
+        assert len(set(inodes)) == len(inodes)
+
+
+def test_a_mount_of_one_policy_shows_no_other(bench: Bench, tree: Path, mnt: Path) -> None:
+    bench.sync(tree)
+    with bench.mounted(mnt):
+        top = os.listdir(mnt)
+        bench.sync(tree, policy="work")
+        began = time.monotonic()
+        while time.monotonic() - began < 2.5:  # twice as long as news take here
+            assert os.listdir(mnt) == top
+            time.sleep(0.1)
+
+
+def test_a_damaged_newcomer_is_logged_once_and_hides_nothing(
+    bench: Bench, tree: Path, mnt: Path, tmp_path: Path
+) -> None:
+    bench.sync(tree)
+    log = tmp_path / "log"
+    with bench.mounted(mnt, whole=True, log_file=log):
+        copy = bench.base / "repo" / "policy" / ("0" * 32)
+        copy.write_bytes(b"garbage")
+        bench.sync(tree, policy="work")
+        wait_until(lambda: "work" in os.listdir(mnt))
+        first = time.monotonic()
+        wait_until(lambda: time.monotonic() - first > 2.5 and bool(os.listdir(mnt)))
+        assert log.read_text().count("is damaged") == 1
+        assert (mnt / "latest" / "new\nline").read_text() == "2"
