@@ -125,7 +125,7 @@ def test_defaults() -> None:
         ("verify_packs = 1", "bad value of verify_packs: true or false is wanted"),
         ('excludes = "*.o"', "bad value of excludes: a list is wanted"),
         ("excludes = [1]", "bad value of excludes: a string in quotes is wanted"),
-        ('snapshot = "btrfs"', '"btrfs" is not possible yet: this version finds changes by "scan"'),
+        ('snapshot = "watch"', '"watch" is not possible yet; write "auto", "scan" or "btrfs"'),
         ('snapshot = "magic"', '"magic" is no way to find changes'),
         ('id = "abc"', '"abc" is no id'),
         ('region = "a\\u0000"', "bad value of region: it holds a NUL"),

@@ -4,7 +4,8 @@
    block at the same place before, its old location is taken over and the buffer keeps nothing.
 2. A base whose blocks are all as before gets no row. Bases that the file no longer has get a hole
    row, so that a file cut short and grown again shows nothing of its past.
-3. Blocks that lie in holes are not read.
+3. Blocks that lie in holes are not read, and neither are those of which the change source says
+   that they are as they were.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Callable
 import xxhash
 
 from cloudfs.backup.packs import Base, Packer, hole, new_base
-from cloudfs.core.rows import BASE_BLOCKS, LOCATION
+from cloudfs.core.changelist import Range
+from cloudfs.core.rows import BASE_BLOCKS, HOLE_RECORD, LOCATION
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import Status, data_extents
 
@@ -30,7 +32,15 @@ Adopted = Callable[[Status], dict[int, bytes]]
 class FileData:
     """One reading of one file's data."""
 
-    def __init__(self, fd: int, status: Status, lin: int, base_lin: int) -> None:
+    def __init__(
+        self,
+        fd: int,
+        status: Status,
+        lin: int,
+        base_lin: int,
+        ranges: list[Range] | None = None,
+    ) -> None:
+        """``ranges``: the bytes that can be others than before (sorted); None for all."""
         self.fd = fd
         self.status = status
         self.lin = lin
@@ -42,14 +52,33 @@ class FileData:
         sparse = status.allocated < status.size
         self._extents = data_extents(fd, status.size) if sparse else None
         self._starts = [start for start, _ in self._extents or ()]
+        self._ranges = ranges if self.own else None
+        self._changes = [start for start, _ in self._ranges or ()]
 
     def has_data(self, first: int, count: int, block_size: int) -> bool:
         """Whether any data lies in ``count`` blocks from block ``first`` on."""
         if self._extents is None:
             return True
         low, high = first * block_size, (first + count) * block_size
-        at = bisect_left(self._starts, high) - 1  # the last extent that starts before the end
-        return at >= 0 and self._extents[at][1] > low
+        return _meets(self._extents, self._starts, low, high)
+
+    def kept(self, old: bytes, first: int, count: int, block_size: int) -> bool:
+        """Whether ``count`` blocks from block ``first`` on are surely as ``old``, their records,
+        says: a source told that nothing in them changed, and they are as long as they were."""
+        if self._ranges is None or len(old) != count * LOCATION.size:
+            return False
+        low, high = first * block_size, min((first + count) * block_size, self.status.size)
+        if _meets(self._ranges, self._changes, low, (first + count) * block_size):
+            return False
+        last = old[-LOCATION.size :]
+        length = high - (first + count - 1) * block_size
+        return last == HOLE_RECORD or last[_LENGTH:_DIGEST] == length.to_bytes(4, "little")
+
+
+def _meets(ranges: list[Range], starts: list[int], low: int, high: int) -> bool:
+    """Whether any of these sorted ranges has a byte from ``low`` to before ``high``."""
+    at = bisect_left(starts, high) - 1  # the last one that starts before the end
+    return at >= 0 and ranges[at][1] > low
 
 
 class DataReader:
@@ -89,6 +118,8 @@ class DataReader:
             start = number * BASE_BLOCKS
             blocks = min(BASE_BLOCKS, -(-size // block_size) - start)
             old = data.before.pop(number, b"")
+            if data.kept(old, start, blocks, block_size):
+                continue
             if not data.has_data(start, blocks, block_size):
                 if old and data.own:
                     changed.append(Base(data.lin, number, []))
@@ -118,6 +149,10 @@ class DataReader:
         for index in range(len(base.records)):
             offset = (start + index) * block_size
             length = min(block_size, size - offset)
+            place = slice(index * LOCATION.size, (index + 1) * LOCATION.size)
+            if data.kept(old[place], start + index, 1, block_size):
+                base.records[index] = old[place]
+                continue
             if not data.has_data(start + index, 1, block_size):
                 hole(base, index)
                 continue
@@ -129,7 +164,6 @@ class DataReader:
                 target[got:] = bytes(length - got)
             self.bytes_read += got
             digest = xxhash.xxh3_128_digest(target, seed)
-            place = slice(index * LOCATION.size, (index + 1) * LOCATION.size)
             if _is_block(old[place], length, digest):
                 base.records[index] = old[place]
             elif offered and _is_block(offered[place], length, digest):

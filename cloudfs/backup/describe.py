@@ -162,11 +162,12 @@ class Describer:
         )
         rows.entries.append(Entry(parent, name, self._snapshot, lin, ItemType.STREAM))
         base = new_base(lin, 0, -(-len(value) // size))
-        self._packer.rows.bases.append(base)
         for index in range(len(base.records)):
             block = value[index * size : (index + 1) * size]
             digest = xxhash.xxh3_128_digest(block, self._seed)
             self._packer.append(base, index, block, digest)
+        # Only now: a pack that is closed meanwhile must not hold a row whose blocks have no place.
+        self._packer.rows.bases.append(base)
 
 
 def _alike(old: Meta, new: Meta) -> bool:

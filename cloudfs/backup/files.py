@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from cloudfs.backup.data import DataReader, FileData
 from cloudfs.backup.describe import Describer
-from cloudfs.backup.packs import Base, Packer
+from cloudfs.backup.packs import Packer
+from cloudfs.core.changelist import Range
 from cloudfs.core.changes import DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
 from cloudfs.source.inode import StatReader, Status, read_flags, read_xattrs
@@ -106,7 +107,7 @@ class FileReader:
         if stat.is_file:
             base_lin = task.bases.get(index, 0)
             if not self._small(directory, task, stat, lin, base_lin):
-                self._file(directory, task, stat, lin, base_lin)
+                self._file(directory, task, stat, lin, base_lin, task.ranges.get(index))
         elif stat.is_dir:
             fd = roots.open(_join(task.path, stat.name))
             try:
@@ -125,7 +126,15 @@ class FileReader:
                 target = os.readlink(stat.name, dir_fd=directory)
             self._describer.describe(lin, task.lin, status, read_xattrs(path), 0, target=target)
 
-    def _file(self, directory: int, task: DirTask, stat: Stat, lin: int, base_lin: int) -> None:
+    def _file(
+        self,
+        directory: int,
+        task: DirTask,
+        stat: Stat,
+        lin: int,
+        base_lin: int,
+        ranges: list[Range] | None,
+    ) -> None:
         fd = os.open(stat.name, self._flags, dir_fd=directory)
         try:
             for attempt in range(1, TRIES + 1):
@@ -134,8 +143,9 @@ class FileReader:
                     raise FileNotFoundError(errno.ENOENT, "is gone")
                 flags = read_flags(fd, status.dev)
                 xattrs = read_xattrs(fd)
-                bases, whole = self._bases(fd, status, lin, base_lin, task.part)
-                if whole and _unchanged(status, os.fstat(fd)):
+                data = FileData(fd, status, lin, base_lin, ranges)
+                bases = self._data.read(data, task.part)
+                if not data.torn and _unchanged(status, os.fstat(fd)):
                     break
                 if attempt == TRIES:
                     path = _join(task.path, stat.name)
@@ -149,13 +159,6 @@ class FileReader:
         if task.part is not None:
             self.outcome.parts.append((lin, status.mtime_ns, status.ctime_ns, status.size))
         self._packer.rows.bases.extend(bases)
-
-    def _bases(
-        self, fd: int, status: Status, lin: int, base_lin: int, part: tuple[int, int] | None
-    ) -> tuple[list[Base], bool]:
-        """Read a file's data; the second value says it was as long as it said."""
-        data = FileData(fd, status, lin, base_lin)
-        return self._data.read(data, part), not data.torn
 
     def _small(self, directory: int, task: DirTask, stat: Stat, lin: int, base_lin: int) -> bool:
         """Do a file of at most one block; False to do it the long way."""

@@ -22,6 +22,7 @@ class SyncSettings(msgspec.Struct, frozen=True, kw_only=True):
     sources: list[bytes]
     url: str
     options: StoreOptions
+    source: str = "scan"  # one of cloudfs.core.policy.SOURCES
     filters: Filters = Filters()
     block_size: int = 128 * 1024
     max_pack_bytes: int = 32 << 20

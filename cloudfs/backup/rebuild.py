@@ -39,7 +39,8 @@ def rebuild(state: SyncState, view: SnapshotView, manifest: Manifest, signature:
             state.put_records(view.number, batch)
             batch = []
     state.put_records(view.number, batch)
-    state.save_head(Head(manifest.number, view.number, False, counts, signature))
+    taken_ns = view.record.time_ns
+    state.save_head(Head(manifest.number, view.number, False, counts, signature, taken_ns))
 
 
 def _records(view: SnapshotView) -> Iterator[tuple[int, DirRecord]]:

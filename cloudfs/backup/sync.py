@@ -32,6 +32,7 @@ from cloudfs.backup.rebuild import rebuild
 from cloudfs.backup.walk import QUOTA, Walk
 from cloudfs.backup.worker import SyncContext, Worker
 from cloudfs.core.assign import WorkQueue
+from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import CloudfsError
 from cloudfs.core.manifest import SnapshotRecord, SnapshotStats
 from cloudfs.core.rows import Entry, Meta, PackRow
@@ -40,8 +41,10 @@ from cloudfs.repo.history import History
 from cloudfs.repo.lease import Lease
 from cloudfs.repo.pool import WorkerOpening
 from cloudfs.repo.view import SnapshotView
-from cloudfs.source.roots import Roots
-from cloudfs.source.scan import ScanOutcome, ScanPart
+from cloudfs.source.choose import choose
+from cloudfs.source.ready import Ready, scanned
+from cloudfs.source.roots import RootPlaces, Roots
+from cloudfs.source.scan import Scanner, ScanOutcome, ScanPart
 from cloudfs.store.count import Counts as Requests
 
 PART_BYTES = 64 << 20
@@ -63,8 +66,6 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
     """Run one sync. Raises CloudfsError; then the old snapshots are whole and nothing is new."""
     directory = _state_dir(job)
     with contextlib.ExitStack() as stack:
-        roots = Roots(job.settings.sources)
-        stack.callback(roots.close)
         stack.enter_context(local_lock(job, directory, events))
         history = stack.enter_context(contextlib.closing(History(job.repository, job.record)))
         lease, took_over = stack.enter_context(held_lease(job, history, events))
@@ -72,7 +73,28 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
         spool = stack.enter_context(
             contextlib.closing(PageSpool(job.repository.local.state_dir / "spool"))
         )
-        return _Sync(job, events, roots, history, state, lease, spool).run(took_over)
+        source = stack.enter_context(_ready(job, directory, state))
+        places = RootPlaces(job.settings.sources, source.at, source.nested)
+        roots = stack.enter_context(contextlib.closing(Roots(places)))
+        return _Sync(job, events, source, places, roots, history, state, lease, spool).run(
+            took_over
+        )
+
+
+def _ready(
+    job: SyncJob, directory: Path, state: SyncState
+) -> contextlib.AbstractContextManager[Ready]:
+    """The tree as the policy's source gives it."""
+    settings = job.settings
+    chosen = choose(settings.source, settings.sources)
+    if chosen == "btrfs":
+        from cloudfs.source.btrfs.session import BtrfsSource
+
+        btrfs = BtrfsSource(
+            settings.sources, job.record.id, directory / "btrfs", settings.filters.leaves_out
+        )
+        return btrfs.ready(state.head.snapshot, state.head.taken_ns)
+    return contextlib.nullcontext(scanned(settings.sources))
 
 
 class _Sync:
@@ -82,6 +104,8 @@ class _Sync:
         self,
         job: SyncJob,
         events: SyncEvents,
+        source: Ready,
+        places: RootPlaces,
         roots: Roots,
         history: History,
         state: SyncState,
@@ -90,6 +114,8 @@ class _Sync:
     ) -> None:
         self._job = job
         self._events = events
+        self._source = source
+        self._places = places
         self._roots = roots
         self._history = history
         self._state = state
@@ -103,6 +129,7 @@ class _Sync:
         self._orphans: dict[bytes, PackRow] = {}
         self._collected = Collected(spool)
         self._packing = self._pack_settings()
+        self._rebuilt = False  # the local state, from the repository
 
     @property
     def _snapshot(self) -> int:
@@ -116,16 +143,26 @@ class _Sync:
         queue = WorkQueue(settings.block_size, PART_BYTES)
         trust = state.head.signature == self._signature
         next_lin = self._history.manifest.next_lin
-        walk = Walk(self._roots, state, self._view, next_lin, queue, trust=trust)
+        changes = self._changes(trust=trust)
+        walk = Walk(
+            self._roots,
+            state,
+            self._view,
+            next_lin,
+            queue,
+            trust=trust,
+            stable_inodes=changes is not None,
+        )
         context = SyncContext(
             self._job.record,
             self._packing,
-            settings.sources,
+            self._places,
             settings.filters,
             self._history.manifest,
             0 if self._view is None else self._view.number,
             str(_state_dir(self._job)),
             bool(self._orphans),
+            self._source.frozen_ns,
         )
         worker = Worker(self._job.repository, context)
         worker.use_state(state)
@@ -133,7 +170,11 @@ class _Sync:
         dispatcher = self._dispatcher(context, worker, walk)
         finished = False
         try:
-            self._work(walk, queue, dispatcher, trust=trust)
+            if changes is not None:
+                self._walk_changes(walk, queue, dispatcher, worker.scanner, changes)
+            else:
+                self._walk_all(walk, queue, dispatcher, trust=trust)
+            self._pack(walk, queue, dispatcher)
             finished = True
         finally:
             dispatcher.close(cancel=not finished)
@@ -160,8 +201,10 @@ class _Sync:
         """Bring the local state to the last snapshot; find what unfinished syncs stored."""
         state = self._state
         unclean = state.head.running or took_over or self._view is None
-        if state.head.snapshot != (self._view.number if self._view else 0):
-            unclean = True
+        head, record = state.head, self._view.record if self._view else None
+        at = (record.number, record.time_ns) if record else (0, 0)
+        if (head.snapshot, head.taken_ns) != at:
+            unclean = self._rebuilt = True
             if self._view is None:
                 state.clear()
             else:
@@ -190,7 +233,42 @@ class _Sync:
 
     # -- walking and packing ---------------------------------------------------------------------
 
-    def _work(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, trust: bool) -> None:
+    def _changes(self, *, trust: bool) -> Changelist | None:
+        """The source's changelist, where this sync can go by it."""
+        for note in self._source.notes:
+            self._events.note(note)
+        if self._source.changes is None or self._view is None:
+            return None
+        reason = ""
+        if self._rebuilt:
+            reason = "the local state was not that of the last snapshot"
+        elif not trust:
+            reason = "the policy's sources or filters are others"
+        elif self._state.head.unread:
+            reason = "some files could not be read last time"
+        if reason:
+            self._events.note(f"the snapshot is scanned: {reason}")
+            return None
+        return self._source.changes
+
+    def _walk_changes(
+        self,
+        walk: Walk,
+        queue: WorkQueue,
+        dispatcher: Dispatcher,
+        scanner: Scanner,
+        changes: Changelist,
+    ) -> None:
+        def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
+            for outcome in dispatcher.scan(parts, trust=True):
+                yield outcome
+                self._step(walk, queue, dispatcher, walking=True)
+
+        walk.run_changes(changes, scanner, scan, QUOTA)
+
+    def _walk_all(
+        self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, trust: bool
+    ) -> None:
         if walk.first:
             walking = True
             while walking:
@@ -213,8 +291,11 @@ class _Sync:
                 walk.run(scan, 4 * dispatcher.workers, 4 * QUOTA)
             else:
                 walk.run(scan, 1, QUOTA)
-            if not self._job.dry_run:
-                self._step(walk, queue, dispatcher, walking=True)  # workers begin meanwhile
+
+    def _pack(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher) -> None:
+        """Hand out what is queued, and collect what comes of it."""
+        if not walk.first and not self._job.dry_run:
+            self._step(walk, queue, dispatcher, walking=True)  # workers begin meanwhile
         self._events.phase("packing")
         self._bury(walk)
         while not self._job.dry_run and (queue or dispatcher.busy):
@@ -260,9 +341,11 @@ class _Sync:
         if self._lease is None:
             return self._result(None, walk)
         self._mark_unread()
-        if not (collected.spool or walk.first or self._job.force):
+        previous = self._previous
+        if previous is not None and not collected.spool and not self._job.force:
             self._state.amend(self._snapshot, walk.changed)
-            self._state.save_head(self._head(self._state.head.manifest, walk, amended=True))
+            self._state.save_head(self._head(self._state.head.manifest, previous, walk))
+            self._source.keep(previous)
             return self._result(None, walk)
         self._check_stop()
         self._events.phase("committing")
@@ -271,13 +354,22 @@ class _Sync:
         manifest = publisher.publish(
             collected, adopted, walk.diff.next_lin, lambda: self._record(walk)
         )
+        made = manifest.snapshots[-1]
         self._state.clear_adopted()
-        self._state.finish(self._head(manifest.number, walk), walk.changed)
-        return self._result(manifest.last_snapshot, walk)
+        self._state.finish(self._head(manifest.number, made, walk), walk.changed)
+        self._source.keep(made)
+        return self._result(made, walk)
 
-    def _head(self, manifest: int, walk: Walk, *, amended: bool = False) -> Head:
-        snapshot = self._snapshot - 1 if amended else self._snapshot
-        return Head(manifest, snapshot, False, walk.counts, self._signature)
+    def _head(self, manifest: int, record: SnapshotRecord, walk: Walk) -> Head:
+        return Head(
+            manifest,
+            record.number,
+            False,
+            walk.counts,
+            self._signature,
+            record.time_ns,
+            bool(self._collected.errors),
+        )
 
     def _mark_unread(self) -> None:
         """Note in the records what could not be read, so that the next sync tries again."""
@@ -311,11 +403,15 @@ class _Sync:
             requests=self._requests().requests,
             duration_ns=now_ns - self._started_ns,
         )
-        taken_ns = self._started_ns
+        source = self._source
+        taken_ns = source.frozen_ns or self._started_ns
         if self._previous is not None:  # a clock set back must not put snapshots out of order
             taken_ns = max(taken_ns, self._previous.time_ns + 1)
         tags = list(self._job.settings.tags)
-        return SnapshotRecord(self._snapshot, taken_ns, "scan", False, self._job.host, tags, stats)
+        frozen = source.frozen_ns is not None
+        return SnapshotRecord(
+            self._snapshot, taken_ns, source.kind, frozen, self._job.host, tags, stats
+        )
 
     def _requests(self) -> Requests:
         return self._job.repository.store.counts() + self._collected.requests

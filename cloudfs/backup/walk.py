@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+import msgspec
 import xxhash
 
 from cloudfs.backup.rebuild import TOP
-from cloudfs.core.assign import WorkQueue
+from cloudfs.core.assign import WorkQueue, bytes_of
+from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, decode_listing
 from cloudfs.core.rows import ROOT_LIN, Entry, Meta
 from cloudfs.core.treediff import TreeDiff, Visit, fingerprint
@@ -21,7 +23,7 @@ from cloudfs.db.state import SyncState
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import StatReader
 from cloudfs.source.roots import Roots
-from cloudfs.source.scan import ScanOutcome, ScanPart
+from cloudfs.source.scan import Scanner, ScanOutcome, ScanPart, reason
 
 QUOTA = 4096
 """Entries that one step of a walk visits before it lets others have their turn."""
@@ -48,6 +50,7 @@ class Walk:
         queue: WorkQueue,
         *,
         trust: bool,
+        stable_inodes: bool = False,
     ) -> None:
         """``view`` is the last snapshot, to which ``state`` belongs; None for a first backup.
 
@@ -62,7 +65,7 @@ class Walk:
         self._snapshot = view.number + 1 if view is not None else 1
         self._stat = StatReader()
         self.first = view is None
-        self.diff = TreeDiff(next_lin, first=self.first)
+        self.diff = TreeDiff(next_lin, first=self.first, stable_inodes=stable_inodes)
         self.counts = Counts()
         self.counts.add(state.head.counts)
         self.items_seen = 0
@@ -146,6 +149,43 @@ class Walk:
                 visits = self.diff.settle(self._state.record, self._same_directory)
         self._finish()
 
+    def run_changes(
+        self, changes: Changelist, scanner: Scanner, scan_parts: ScanParts, quota: int
+    ) -> None:
+        """Visit only what a changelist names and what is new, settle and queue as :meth:`run`."""
+        if self._roots.many:
+            self._visit_top()
+        finder = _LinFinder(self._state)
+        for change in changes.dirs:
+            lin = finder.lin(change.old_path)
+            record = self._state.record(lin) if lin is not None else None
+            if lin is None or record is None or scanner.leaves_out(change.path):
+                continue  # within something new, or left out of the backup
+            self._revisit(lin, change, record, scanner)
+        visits = self.diff.settle(self._state.record, self._same_directory)
+        while visits:
+            if not scanner.filters.excludes:
+                # What moved is as it was, but for what the changelist names. (Patterns may leave
+                # out other things in it now.)
+                visits = [visit for visit in visits if self._state.record(visit[0]) is None]
+            while visits:
+                visits = self._visit(visits, scan_parts, 1, quota)
+            visits = self.diff.settle(self._state.record, self._same_directory)
+        self._finish()
+
+    def _revisit(self, lin: int, change: DirChange, record: DirRecord, scanner: Scanner) -> None:
+        # Who has a changelist need not doubt time stamps.
+        record = msgspec.structs.replace(record, doubtful=[])
+        try:
+            scan = scanner.revisit(lin, change, record)
+        except OSError as error:
+            self.errors.append((change.path, reason(error)))
+            self._unread(lin)
+            return
+        self.items_seen += len(change.names)
+        if scan is not None:
+            self.diff.take(scan, record)
+
     def _visit_top(self) -> list[Visit]:
         scan, record = self._top_scan(), self._state.record(ROOT_LIN)
         if record is not None and record.signature == scan.signature and self._trust:
@@ -190,9 +230,7 @@ class Walk:
             }
         tasks, visits = self.diff.judge_early(self._known)
         for task in tasks:
-            stats = decode_listing(task.listing)
-            items = task.items or []
-            self._queue.add(task, len(items), sum(stats[index].size for index in items))
+            self._queue_changed(task)
         return visits
 
     def _unread(self, lin: int) -> None:
@@ -228,13 +266,14 @@ class Walk:
                 task.names = []
                 self._queue_root(task)
             elif task is not None:
-                self._queue_changed(task, record)
+                self._queue_changed(task)
         self._flush()
 
-    def _queue_changed(self, task: DirTask, record: DirRecord) -> None:
-        items = len(task.items or ())
-        size = record.counts.bytes if items else 0
-        self._queue.add(task, max(items, len(task.names or ())), size)
+    def _queue_changed(self, task: DirTask) -> None:
+        items = task.items or []
+        stats = decode_listing(task.listing) if items else []
+        size = sum(bytes_of(task, index, stats[index]) for index in items)
+        self._queue.add(task, max(len(items), len(task.names or ())), size)
 
     def bury(self, snapshot: int) -> tuple[list[Meta], list[Entry]]:
         """The tombstones of what is gone; its directories' records go too."""
@@ -259,6 +298,28 @@ class Walk:
         if self._staged:
             self._state.put_records(self._snapshot, self._staged)
             self._staged = []
+
+
+class _LinFinder:
+    """Finds the LINs of directories by their paths at the last snapshot, from the records."""
+
+    def __init__(self, state: SyncState) -> None:
+        self._state = state
+        self._below: dict[int, dict[bytes, int]] = {}
+
+    def lin(self, path: bytes) -> int | None:
+        """The LIN of a directory; None where there was none."""
+        lin = ROOT_LIN
+        for name in path.split(b"/") if path else ():
+            below = self._below.get(lin)
+            if below is None:
+                record = self._state.record(lin)
+                below = self._below[lin] = dict(record.subdirs) if record is not None else {}
+            found = below.get(name)
+            if found is None:
+                return None
+            lin = found
+        return lin
 
 
 def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes]]) -> DirScan:

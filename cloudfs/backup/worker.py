@@ -7,6 +7,7 @@ any worker. Results carry encoded pages: rows are encoded and sorted here, not b
 from __future__ import annotations
 
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from cloudfs.repo.history import History
 from cloudfs.repo.repository import PolicyRecord, Repository
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import Status
-from cloudfs.source.roots import Roots
+from cloudfs.source.roots import RootPlaces, Roots
 from cloudfs.source.scan import Filters, Lookup, Scanner, ScanOutcome, ScanPart
 from cloudfs.store.count import Counts as Requests
 
@@ -38,12 +39,13 @@ class SyncContext(msgspec.Struct, frozen=True):
 
     policy: PolicyRecord
     settings: PackSettings
-    sources: list[bytes]
+    places: RootPlaces
     filters: Filters
     manifest: Manifest
     base: int  # snapshot to compare with; 0 for none
     state_dir: str
     adopting: bool
+    frozen_ns: int | None  # when what is read stood still; None: it is the tree itself
 
 
 class Assignment(msgspec.Struct, array_like=True):
@@ -74,8 +76,10 @@ class Worker:
     def __init__(self, repository: Repository, context: SyncContext) -> None:
         self._repository = repository
         self._context = context
-        self._roots = Roots(context.sources)
-        self._scanner = Scanner(self._roots, context.filters)
+        self._roots = Roots(context.places)
+        frozen_ns = context.frozen_ns
+        clock_ns = time.time_ns if frozen_ns is None else lambda: frozen_ns
+        self.scanner = Scanner(self._roots, context.filters, clock_ns)
         self._uploader = ThreadPoolExecutor(1, "upload")
         self._state: SyncState | None = None
         self._view: SnapshotView | None = None
@@ -158,7 +162,7 @@ class Worker:
     def scan(self, part: ScanPart, *, trust: bool) -> ScanOutcome:
         """Visit directories; without ``trust`` each counts as changed."""
         lookup: Lookup = self.state.record if trust else _no_record
-        return self._scanner.run(part, lookup)
+        return self.scanner.run(part, lookup)
 
     def close(self) -> None:
         """Close directories; wait for uploads."""

@@ -108,9 +108,21 @@ def _check(new: Policy) -> None:
         raise UsageError(f'--exclude: "{bad}" is no pattern as in .gitignore.')
     for source in new.sources:
         _check_not_within(new, source)
+    from cloudfs.source.choose import choose
     from cloudfs.store.open import parse_url
 
+    choose(new.snapshot, [os.fsencode(source) for source in new.sources])
     parse_url(new.repository)
+
+
+def _way(new: Policy) -> str:
+    """How the changes of a policy's sources are found, and why not in a better way."""
+    from cloudfs.source.choose import choose
+
+    way = choose(new.snapshot, [os.fsencode(source) for source in new.sources])
+    if way == "scan" and new.snapshot == "auto":
+        return "scan (not a btrfs subvolume; see cloudfs-policy(5))"
+    return "btrfs snapshots" if way == "btrfs" else way
 
 
 def _check_not_within(new: Policy, source: str) -> None:
@@ -193,7 +205,7 @@ def _create(app: App, new: Policy, mode: int, owner: tuple[int, int]) -> None:
             raise
     sources = ", ".join(quote_path(os.fsencode(source)) for source in new.sources)
     app.output.say(
-        f'Policy "{new.name}": {sources} → {new.repository}, changes found by scan.'
+        f'Policy "{new.name}": {sources} → {new.repository}, changes found by {_way(new)}.'
         f"\nNext: cloudfs sync {new.name}"
     )
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cloudfs.repo.history import History
 
 TITLES = ("policy", "repository", "last snapshot", "changes since", "source", "mounted at")
-UNKNOWN = "not known (scan)"
 
 
 @dataclass
@@ -38,6 +37,7 @@ class PolicyStatus:
     url: str
     error: str = ""
     code: int = 0
+    source: str = "scan"
     last: SnapshotRecord | None = None
     syncing: bool = False
     mounted: list[str] = field(default_factory=list)
@@ -63,10 +63,15 @@ def status(app: App) -> None:
 
 
 def _status_of(app: App, name: str, there: list[Mounted]) -> PolicyStatus:
+    from cloudfs.source.choose import choose
+
     result = PolicyStatus(name, "")
     try:
         place = app.place(name)
         result.url = place.url
+        if place.file is not None:
+            policy = place.file.policy
+            result.source = choose(policy.snapshot, [os.fsencode(s) for s in policy.sources])
         result.mounted = [_shown(mounted) for mounted in there if mounted.url == place.url]
         with app.history(name) as history:
             result.last = history.manifest.last_snapshot
@@ -101,7 +106,8 @@ def _print_table(app: App, found: list[PolicyStatus], others: list[Mounted]) -> 
         if status.syncing:
             last += ", sync running"
         mounted = ", ".join(status.mounted)
-        rows.append((status.name, status.url, last, UNKNOWN, "scan", mounted))
+        unknown = f"not known ({status.source})"
+        rows.append((status.name, status.url, last, unknown, status.source, mounted))
     rows += [("", mounted.url, "", "", "", _shown(mounted)) for mounted in others]
     if rows:
         app.output.table(TITLES, rows)
@@ -127,7 +133,7 @@ def _print_objects(app: App, found: list[PolicyStatus], others: list[Mounted]) -
         value: dict[str, Any] = {
             "policy": status.name,
             "repository": status.url,
-            "source": "scan",
+            "source": status.source,
             "changes_since": None,
             "syncing": status.syncing,
             "mounted_at": status.mounted,

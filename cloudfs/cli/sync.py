@@ -155,6 +155,7 @@ def settings_of(place: Place, wishes: SyncWishes) -> SyncSettings:
         sources=[os.fsencode(source) for source in policy.sources],
         url=place.url,
         options=place.options,
+        source=policy.snapshot,
         filters=Filters(
             policy.excludes,
             policy.exclude_caches,
@@ -282,6 +283,8 @@ class Report:
             stats = result.snapshot.stats
             summary |= {
                 "time": self._output.exact_time(result.snapshot.time_ns),
+                "source": result.snapshot.source,
+                "consistent": result.snapshot.consistent,
                 "total_files_processed": stats.files,
                 "total_bytes_processed": stats.bytes_total,
                 "bytes_read": stats.bytes_read,

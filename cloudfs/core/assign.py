@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+from cloudfs.core.changelist import Range
 from cloudfs.core.changes import DirTask, Stat, decode_listing
 from cloudfs.core.rows import BASE_BLOCKS
 
@@ -72,7 +73,7 @@ class WorkQueue:
                 naming.discard(index)
                 continue
             chosen.append(index)
-            work += ITEM_COST + (stat.size if stat.is_file else 0)
+            work += ITEM_COST + bytes_of(task, index, stat)
             if work >= self._part_bases * self._base_bytes or len(chosen) >= MAX_TASK_ITEMS:
                 yield self._piece(task, stats, chosen, naming), work
                 naming.difference_update(chosen)
@@ -92,12 +93,26 @@ class WorkQueue:
     ) -> Iterator[tuple[DirTask, int]]:
         bases = -(-stat.size // self._base_bytes)
         names = [index] if index in naming else []
+        ranges = task.ranges.get(index)
         for first in range(0, bases, self._part_bases):
             last = first + self._part_bases >= bases
+            size = self._part_bases * self._base_bytes
+            if ranges is not None:
+                size = _overlap(ranges, first * self._base_bytes, size)
+                if not size and first and not last:
+                    continue  # nothing of this part changed
             # The last part has no end: the file may have grown since it was listed.
             part = (first, 0 if last else self._part_bases)
             piece = _narrow(task, [stat], [index], names if first == 0 else [], part)
-            yield piece, self._part_bases * self._base_bytes
+            yield piece, size
+
+
+def bytes_of(task: DirTask, index: int, stat: Stat) -> int:
+    """How many bytes of an item are to be read, at most."""
+    if not stat.is_file:
+        return 0
+    ranges = task.ranges.get(index)
+    return stat.size if ranges is None else _overlap(ranges, 0, stat.size)
 
 
 def _narrow(
@@ -123,4 +138,11 @@ def _narrow(
         [place[index] for index in names],
         {place[i]: lin for i, lin in task.bases.items() if i in place},
         part,
+        {place[i]: found for i, found in task.ranges.items() if i in place},
     )
+
+
+def _overlap(ranges: list[Range], start: int, length: int) -> int:
+    """How many bytes of the ranges lie in ``length`` bytes from ``start`` on."""
+    end = start + length
+    return sum(max(0, min(stop, end) - max(first, start)) for first, stop in ranges)

@@ -13,6 +13,7 @@ import stat as st
 
 import msgspec
 
+from cloudfs.core.changelist import Range
 from cloudfs.core.rows import ItemType
 
 _TYPES = {
@@ -157,6 +158,7 @@ class DirScan(msgspec.Struct, array_like=True):
     links: list[int]  # indexes of files with several names
     doubtful: list[int]
     counts: Counts
+    ranges: dict[int, list[Range]] = {}  # of files by index: only these bytes can be others
 
 
 class DirTask(msgspec.Struct, array_like=True):
@@ -164,7 +166,8 @@ class DirTask(msgspec.Struct, array_like=True):
 
     ``items`` are the indexes to be read and described, ``names`` those that get a directory entry
     row (None: all); ``bases`` says for an index which LIN's blocks to compare with (its own, or
-    that of the file it replaced). ``part`` restricts the one item to a range of bases [first,
+    that of the file it replaced), ``ranges`` for one with its own base which bytes alone can be
+    others. ``part`` restricts the one item to a range of bases [first,
     first + count) of its blocks, of which part 0 also writes the other rows.
     """
 
@@ -176,6 +179,7 @@ class DirTask(msgspec.Struct, array_like=True):
     names: list[int] | None = None
     bases: dict[int, int] = {}
     part: tuple[int, int] | None = None
+    ranges: dict[int, list[Range]] = {}
 
 
 _stat_decoder = msgspec.msgpack.Decoder(list[Stat])

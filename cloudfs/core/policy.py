@@ -30,7 +30,8 @@ DEFAULT_PACK_SIZE = 32 * MIB
 MIN_PACK_SIZE, MAX_PACK_SIZE = 4 * MIB, 256 * MIB
 DEFAULT_PACK_TIME_LIMIT_S = 300.0
 MAX_WORKERS = 1024
-LATER_SOURCES = ("btrfs", "watch", "live", "external")
+SOURCES = ("auto", "scan", "btrfs")
+LATER_SOURCES = ("watch", "live", "external")
 
 _NAME = re.compile(r"\w[\w.-]*")
 _MAX_NAME_BYTES = 100
@@ -143,9 +144,9 @@ def check_url(value: object) -> str:
 def _snapshot(value: object) -> str:
     word = _text(value)
     if word in LATER_SOURCES:
-        raise ValueError(f'"{word}" is not possible yet: this version finds changes by "scan"')
-    if word not in ("auto", "scan"):
-        raise ValueError(f'"{word}" is no way to find changes; write "auto" or "scan"')
+        raise ValueError(f'"{word}" is not possible yet; write "auto", "scan" or "btrfs"')
+    if word not in SOURCES:
+        raise ValueError(f'"{word}" is no way to find changes; write "auto", "scan" or "btrfs"')
     return word
 
 

@@ -97,9 +97,11 @@ class Tally:
 class TreeDiff:
     """Takes directories as they are listed; gives tasks, records and tombstones."""
 
-    def __init__(self, next_lin: int, *, first: bool) -> None:
+    def __init__(self, next_lin: int, *, first: bool, stable_inodes: bool = False) -> None:
+        """``stable_inodes``: no inode number is ever used again, so by it alone a file is known."""
         self.next_lin = next_lin
         self.first = first
+        self._stable_inodes = stable_inodes
         self.tally = Tally()
         self._changed: dict[int, _Changed] = {}
         self._appeared_dirs: list[_Appeared] = []
@@ -197,6 +199,8 @@ class TreeDiff:
             changed.items.append(index)
             if stat.is_file:
                 changed.bases[index] = lin
+            if old_index in doubtful:
+                changed.scan.ranges.pop(index, None)
             self.tally.changed += stat != old_stat
 
     def _vanish(self, item: _Vanished) -> None:
@@ -307,7 +311,7 @@ class TreeDiff:
             return
         lin = 0
         for old in self._vanished.get(stat.ino, ()):
-            if old.lin not in self._alive and _same_content(old.stat, stat):
+            if old.lin not in self._alive and self._same_file(old.stat, stat):
                 lin = old.lin
                 break
         if lin:
@@ -321,6 +325,11 @@ class TreeDiff:
             self._links[key] = lin
         self._place(item, lin)
 
+    def _same_file(self, old: Stat, new: Stat) -> bool:
+        if self._stable_inodes:
+            return _same_item(old, new) and not old.is_dir
+        return _same_content(old, new)
+
     @staticmethod
     def _result(changed: _Changed) -> tuple[DirTask | None, int, DirRecord]:
         scan, runs = changed.scan, collapse(changed.lins)
@@ -331,7 +340,12 @@ class TreeDiff:
         record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
         if not items and not names:
             return None, scan.lin, record
-        task = DirTask(scan.lin, scan.path, scan.listing, runs, items, names, bases)
+        ranges = {
+            index: found
+            for index, found in scan.ranges.items()
+            if bases.get(index) == changed.lins[index]
+        }
+        task = DirTask(scan.lin, scan.path, scan.listing, runs, items, names, bases, ranges=ranges)
         return task, scan.lin, record
 
     def tombstones(self, snapshot: int) -> tuple[list[Meta], list[Entry], list[int]]:

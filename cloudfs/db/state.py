@@ -35,6 +35,8 @@ class Head(msgspec.Struct, array_like=True):
     running: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)
     signature: bytes = b""  # of the policy's filters and sources
+    taken_ns: int = 0  # when the snapshot was taken: numbers are given again after a rollback
+    unread: bool = False  # something could not be read: the next sync must look at it again
 
 
 _head_decoder = msgspec.msgpack.Decoder(Head)

@@ -9,29 +9,51 @@ from __future__ import annotations
 import os
 import stat as st
 
+import msgspec
+
 from cloudfs.core.changes import Stat, encode_listing
 from cloudfs.core.errors import SourceError, UsageError
 from cloudfs.source.inode import open_directory
+
+HOLDING = b".cloudfs-snapshots"
+"""The directory at the top of a source that holds snapshots of it; never backed up."""
+
+
+def root_names(sources: list[bytes]) -> list[bytes]:
+    """The names by which a backup shows its sources. Raises UsageError where two have the same."""
+    names = [os.path.basename(source.rstrip(b"/")) or b"root" for source in sources]
+    if len(set(names)) != len(names):
+        raise UsageError(
+            "Two sources of this policy have the same base name, by which the backup would show"
+            " them. Make a policy for each of them."
+        )
+    return names
+
+
+class RootPlaces(msgspec.Struct, frozen=True):
+    """The sources, where each is read (itself, or a snapshot of it), and where what stands empty
+    in a snapshot is read, by path below the root."""
+
+    sources: list[bytes]
+    at: list[bytes]
+    nested: dict[bytes, bytes] = {}
 
 
 class Roots:
     """Opens directories below the sources of a policy."""
 
-    def __init__(self, sources: list[bytes]) -> None:
+    def __init__(self, places: RootPlaces) -> None:
         """Raises SourceError where a source is not there, UsageError where two share a name."""
-        self.sources = sources
-        self.many = len(sources) > 1
-        names = [os.path.basename(source.rstrip(b"/")) or b"root" for source in sources]
-        if len(set(names)) != len(names):
-            raise UsageError(
-                "Two sources of this policy have the same base name, by which the backup would show"
-                " them. Make a policy for each of them."
-            )
+        self.many = len(places.sources) > 1
+        names = root_names(places.sources)
         self._by_name: dict[bytes, int] = {}
+        self._nested: dict[bytes, int] = {}
         self._single = -1
         try:
-            for name, source in zip(names, sources, strict=True):
-                self._by_name[name] = _open(source)
+            for name, place in zip(names, places.at, strict=True):
+                self._by_name[name] = _open(place)
+            for path, place in places.nested.items():
+                self._nested[path] = _open(place)
         except BaseException:
             self.close()
             raise
@@ -39,7 +61,14 @@ class Roots:
             self._single = self._by_name[names[0]]
 
     def fd_of(self, path: bytes) -> tuple[int, bytes]:
-        """The descriptor of the source that a path leads into, and the path below that source."""
+        """The descriptor of what holds a path (a source, or what is nested in one), and the path
+        below that."""
+        if self._nested:
+            end = len(path)
+            while end > 0:
+                if (fd := self._nested.get(path[:end])) is not None:
+                    return fd, path[end + 1 :]
+                end = path.rfind(b"/", 0, end)
         if not self.many:
             return self._single, path
         first, _, rest = path.partition(b"/")
@@ -55,6 +84,15 @@ class Roots:
             return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         fd, rest = self.fd_of(path)
         return open_directory(fd, rest)
+
+    def nested_in(self, path: bytes) -> dict[bytes, int]:
+        """The descriptors of what is nested directly in a directory, by name."""
+        prefix = path + b"/" if path else b""
+        return {
+            nested[len(prefix) :]: fd
+            for nested, fd in self._nested.items()
+            if nested.startswith(prefix) and b"/" not in nested[len(prefix) :]
+        }
 
     def root_listing(self) -> bytes:
         """The listing of the made-up directory above the root: the root, under no name.
@@ -72,9 +110,10 @@ class Roots:
 
     def close(self) -> None:
         """Close the sources."""
-        for fd in self._by_name.values():
+        for fd in (*self._by_name.values(), *self._nested.values()):
             os.close(fd)
         self._by_name.clear()
+        self._nested.clear()
 
 
 def _open(source: bytes) -> int:

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 import msgspec
 import xxhash
 
+from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan
 from cloudfs.source.inode import open_directory
-from cloudfs.source.roots import Roots
+from cloudfs.source.roots import HOLDING, Roots
 
 COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
 FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
@@ -37,6 +38,8 @@ _encode = msgspec.msgpack.Encoder().encode
 
 RawEntry = tuple[bytes, int, int, int, int, int, int, int, int, int, bool]
 """The fields of :class:`cloudfs.core.changes.Stat` in order."""
+
+_decode = msgspec.msgpack.Decoder(list[RawEntry]).decode
 
 Lookup = Callable[[int], DirRecord | None]
 
@@ -53,6 +56,12 @@ class Filters(msgspec.Struct, frozen=True):
     def by_name(self) -> bool:
         """Whether any entry has to be looked at by name."""
         return bool(self.excludes or self.exclude_if_present or self.exclude_caches)
+
+    def leaves_out(self, path: bytes) -> bool:
+        """Whether a directory of another file system, at a path below its source, is left out."""
+        if self.one_file_system:
+            return True
+        return bool(self.excludes) and Matcher(self.excludes).excludes(path, is_dir=True)
 
 
 class ScanPart(msgspec.Struct, array_like=True):
@@ -121,6 +130,12 @@ class Scanner:
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
             entries = [] if foreign else _list(fd, dev)
+            if not below:
+                entries = [entry for entry in entries if entry[0] != HOLDING]
+            for name, nested_fd in self.roots.nested_in(path).items():
+                entries = [
+                    e if e[0] != name else _raw(name, os.fstat(nested_fd), dev) for e in entries
+                ]
             if self.filters.by_name:
                 entries = self._filtered(entries, below, fd)
         finally:
@@ -130,6 +145,57 @@ class Scanner:
         if record is not None and record.signature == signature:
             return None
         return _describe(lin, path, dev, entries, listing, signature, now_ns)
+
+    def revisit(self, lin: int, change: DirChange, record: DirRecord) -> DirScan | None:
+        """Look at the names that changed in a directory, and take the others from its record.
+
+        None where nothing is as it was not. Raises OSError.
+        """
+        if self.filters.exclude_if_present or self.filters.exclude_caches:
+            return self.visit(lin, change.path, record)  # one name may decide about all others
+        root_fd, below = self.roots.fd_of(change.path)
+        nested = self.roots.nested_in(change.path)
+        fd = open_directory(root_fd, below)
+        try:
+            dev = os.fstat(fd).st_dev
+            now_ns = self.clock_ns()
+            known = {entry[0]: entry for entry in _decode(record.listing)}
+            again: list[RawEntry] = []
+            for name in change.names:
+                known.pop(name, None)
+                if name in nested or (name == HOLDING and not below):
+                    continue
+                try:
+                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                again.append(_raw(name, status, dev))
+            if self.filters.by_name:
+                again = self._filtered(again, below, fd)
+            again.extend(_raw(name, os.fstat(nested_fd), dev) for name, nested_fd in nested.items())
+        finally:
+            os.close(fd)
+        known.update((entry[0], entry) for entry in again)
+        entries = [known[name] for name in sorted(known)]
+        listing = _encode(entries)
+        signature = xxhash.xxh3_128_digest(listing)
+        if record.signature == signature:
+            return None
+        found = _describe(lin, change.path, dev, entries, listing, signature, now_ns)
+        for index, entry in enumerate(entries):
+            # A file of several names may have been changed under another one.
+            if entry[0] in change.names and st.S_ISREG(entry[1]) and entry[3] == 1:
+                found.ranges[index] = change.ranges.get(entry[0], [])
+        return found
+
+    def leaves_out(self, path: bytes) -> bool:
+        """Whether the patterns leave a directory out, or one above it."""
+        if self._matcher is None:
+            return False
+        _, below = self.roots.fd_of(path)
+        parts = below.split(b"/")
+        matches = self._matcher.excludes
+        return any(matches(b"/".join(parts[: i + 1]), is_dir=True) for i in range(len(parts)))
 
     def _filtered(self, entries: list[RawEntry], path: bytes, fd: int) -> list[RawEntry]:
         names = {entry[0] for entry in entries}
@@ -166,23 +232,26 @@ def _list(fd: int, dev: int) -> list[RawEntry]:
                 s = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue  # removed since the directory was read
-            append(
-                (
-                    entry.name.encode("utf-8", "surrogateescape"),
-                    s.st_mode,
-                    s.st_ino,
-                    s.st_nlink,
-                    s.st_uid,
-                    s.st_gid,
-                    s.st_size,
-                    s.st_mtime_ns,
-                    s.st_ctime_ns,
-                    s.st_rdev,
-                    s.st_dev != dev,
-                )
-            )
+            append(_raw(entry.name.encode("utf-8", "surrogateescape"), s, dev))
     entries.sort()
     return entries
+
+
+def _raw(name: bytes, status: os.stat_result, dev: int) -> RawEntry:
+    """An entry of a listing, in a directory on device ``dev``."""
+    return (
+        name,
+        status.st_mode,
+        status.st_ino,
+        status.st_nlink,
+        status.st_uid,
+        status.st_gid,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_rdev,
+        status.st_dev != dev,
+    )
 
 
 def _describe(

@@ -28,7 +28,8 @@ def test_create_says_what_was_made_and_what_is_next(
     assert done.err == ""
     assert done.out.splitlines() == [
         f"New repository at {repo}.",
-        f'Policy "home": {tree} → {repo}, changes found by scan.',
+        f'Policy "home": {tree} → {repo}, changes found by scan'
+        " (not a btrfs subvolume; see cloudfs-policy(5)).",
         "Next: cloudfs sync home",
     ]
     text = _file(machine).read_text()
@@ -81,7 +82,7 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         (["a/b"], '"a/b" cannot be a name'),
         (["home", "--block-size", "1k"], "--block-size: a power of two"),
         (["home", "--pack-size", "x"], '--pack-size: "x" is no size'),
-        (["home", "--snapshot", "btrfs"], '--snapshot: "btrfs" is not possible yet'),
+        (["home", "--snapshot", "watch"], '--snapshot: "watch" is not possible yet'),
         (["home", "--compression", "lz4"], '--compression: "lz4" is no compression'),
         (["home", "--repo", "ftp://x"], '--repo: "ftp://x" is no repository'),
         (["home", "--repo", "s3://B_"], "names no bucket"),

@@ -17,6 +17,7 @@ from cloudfs.repo.history import History
 from cloudfs.repo.keys import Secret
 from cloudfs.repo.repository import Repository
 from cloudfs.repo.view import SnapshotView
+from cloudfs.source.roots import HOLDING
 from cloudfs.source.scan import Filters
 from cloudfs.store.open import OpenedStore, StoreOptions, open_store
 
@@ -52,6 +53,8 @@ class Rig:
     filters: Filters = field(default_factory=Filters)
     machine: str = "one"
     workers: int = 1
+    source: str = "scan"
+    notes: list[str] = field(default_factory=list)  # of the last sync
 
     def __post_init__(self) -> None:
         self.url = f"file://{self.base}/repository"
@@ -82,6 +85,7 @@ class Rig:
             sources=[os.fsencode(source) for source in self.sources],
             url=self.url,
             options=StoreOptions(),
+            source=self.source,
             filters=self.filters,
             block_size=self.block_size,
             max_pack_bytes=self.max_pack_bytes,
@@ -95,7 +99,9 @@ class Rig:
             repository = Repository.open(store, SECRET, self.local())
         job = SyncJob(self.settings(), self.record, repository, "host", **wishes)  # type: ignore[arg-type]
         try:
-            return sync(job, Quiet())
+            quiet = Quiet()
+            self.notes = quiet.notes
+            return sync(job, quiet)
         finally:
             repository.local.close()
 
@@ -147,7 +153,7 @@ def contents_of_view(view: SnapshotView) -> dict[bytes, object]:
 
 
 def contents_of_tree(root: Path) -> dict[bytes, object]:
-    """The same of a live tree."""
+    """The same of a live tree, without the directory that holds snapshots of it."""
     found: dict[bytes, object] = {}
     groups: dict[int, list[bytes]] = {}
     top = os.fsencode(root)
@@ -156,6 +162,8 @@ def contents_of_tree(root: Path) -> dict[bytes, object]:
         directory = stack.pop()
         for name in os.listdir(top + directory):
             path = directory + b"/" + name
+            if path == b"/" + HOLDING:
+                continue
             full = top + path
             s = os.lstat(full)
             data: object = None

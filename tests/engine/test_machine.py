@@ -15,6 +15,7 @@ from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from cloudfs.backup import dispatch, packs, walk
+from cloudfs.backup.job import SyncResult
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 NAMES = hs.sampled_from([b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8])
@@ -143,11 +144,19 @@ class Tree(RuleBasedStateMachine):
     def lose_local_state(self) -> None:
         self.rig.forget_local()
 
+    def take(self, force: bool) -> SyncResult:
+        """Sync, as the rules mean it."""
+        return self.rig.sync(force=force)
+
+    def model(self) -> dict[bytes, object]:
+        """What the tree is now."""
+        return contents_of_tree(self.rig.tree)
+
     @rule(force=hs.booleans())
     def sync(self, force: bool) -> None:
-        result = self.rig.sync(force=force)
+        result = self.take(force)
         assert not result.unreadable
-        model = contents_of_tree(self.rig.tree)
+        model = self.model()
         if result.snapshot is not None:
             self.models[result.snapshot.number] = model
         last = max(self.models)

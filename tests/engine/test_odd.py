@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import stat as st
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -250,3 +252,15 @@ def test_sources_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "b" / "same").mkdir(parents=True)
     with pytest.raises(UsageError, match="same base name"):
         Rig(tmp_path / "y", [tmp_path / "a" / "same", tmp_path / "b" / "same"]).sync()
+
+
+def test_a_large_attribute_in_which_a_pack_ends() -> None:
+    """Its row is written with the pack that holds its last block."""
+    base = Path(tempfile.mkdtemp(dir="/dev/shm"))  # tmpfs takes attributes of any size
+    rig = Rig(base)
+    (rig.tree / "a").write_bytes(os.urandom((1 << 20) - 8192))
+    (rig.tree / "b").write_bytes(b"b")
+    os.setxattr(rig.tree / "b", "trusted.big", os.urandom(60_000))
+    check(rig)
+    rig.repository.local.close()
+    shutil.rmtree(base)

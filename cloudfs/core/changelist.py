@@ -1,0 +1,50 @@
+"""What a change source says has changed since the last snapshot: directories, names, byte ranges.
+
+A changelist is complete or it is not made at all: what it does not name is as it was. So a sync
+that has one visits only what it names; paths and names may be too many in it, never too few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Range = tuple[int, int]
+"""Bytes of a file: [start, end)."""
+
+
+@dataclass
+class DirChange:
+    """One directory that was there at the last snapshot, and the names in it to look at again.
+
+    Paths are below the source, without a slash at either end; b"" is the source itself.
+    ``ranges`` says for a name with data changes where they are. A file that is among the names and
+    not among the ranges kept its data.
+    """
+
+    path: bytes
+    old_path: bytes  # as it was at the last snapshot
+    names: set[bytes] = field(default_factory=set)
+    ranges: dict[bytes, list[Range]] = field(default_factory=dict)
+
+
+@dataclass
+class Changelist:
+    """All directories that changed, or in which something did."""
+
+    dirs: list[DirChange] = field(default_factory=list)
+
+    @property
+    def names(self) -> int:
+        """How many names are to be looked at again."""
+        return sum(len(change.names) for change in self.dirs)
+
+
+def merged(ranges: list[Range]) -> list[Range]:
+    """The same bytes as sorted ranges that neither touch nor overlap."""
+    found: list[Range] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found

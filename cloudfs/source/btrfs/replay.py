@@ -1,0 +1,120 @@
+"""From the commands of a send stream to a changelist.
+
+The commands say how the older snapshot becomes the newer one, one inode after the other, under
+names that hold at that moment: things are renamed to names that nobody ever saw and back again. So
+the commands are carried out on a tree of nodes, of which only what they touch is made. A node that
+was in the older snapshot knows its path there (its *origin*), wherever it is moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cloudfs.core.changelist import Changelist, DirChange, Range, merged
+from cloudfs.core.errors import SourceError
+from cloudfs.source.btrfs.stream import Command, Kind
+
+_MAKING = frozenset(
+    (Kind.MKFILE, Kind.MKDIR, Kind.MKNOD, Kind.MKFIFO, Kind.MKSOCK, Kind.SYMLINK, Kind.LINK)
+)
+_REMOVING = frozenset((Kind.UNLINK, Kind.RMDIR))
+_ABOUT_ALL = frozenset((Kind.SUBVOL, Kind.SNAPSHOT))
+
+
+class _Node:
+    """An item under one of its names."""
+
+    __slots__ = ("children", "gone", "name", "origin", "parent", "ranges", "touched")
+
+    def __init__(self, name: bytes, parent: _Node | None, origin: bytes | None) -> None:
+        self.name = name
+        self.parent = parent
+        self.origin = origin  # None: it was not in the older snapshot
+        self.children: dict[bytes, _Node] = {}
+        self.gone: set[bytes] = set()  # names that no longer are what they were
+        self.touched = False
+        self.ranges: list[Range] = []
+
+
+class Replay:
+    """Carries out commands; :meth:`changelist` says what they did."""
+
+    def __init__(self) -> None:
+        self._root = _Node(b"", None, b"")
+
+    def run(self, commands: Iterable[Command]) -> Changelist:
+        """Carry out all commands. Raises SourceError for such as cannot be."""
+        for command in commands:
+            self.do(command)
+        return self.changelist()
+
+    def do(self, command: Command) -> None:
+        """Carry out one command."""
+        kind = command.kind
+        if kind in _ABOUT_ALL:
+            return
+        if kind in _MAKING:
+            made = self._place(command.path, _Node(b"", None, None))
+            if kind == Kind.LINK:
+                linked = self._find(command.other)
+                linked.touched = True
+                made.ranges = linked.ranges  # one file under two names
+        elif kind == Kind.RENAME:
+            self._place(command.other, self._take(command.path))
+        elif kind in _REMOVING:
+            self._take(command.path)
+        else:
+            node = self._find(command.path)
+            node.touched = True
+            if kind in (Kind.UPDATE_EXTENT, Kind.FALLOCATE):
+                node.ranges.append((command.offset, command.offset + command.size))
+
+    def _find(self, path: bytes) -> _Node:
+        """The node at a path of this moment; made where the older snapshot must have it."""
+        node = self._root
+        for name in path.split(b"/") if path else ():
+            child = node.children.get(name)
+            if child is None:
+                if node.origin is None or name in node.gone:
+                    raise SourceError(f"btrfs told of {path!r}, which cannot be there.")
+                child = node.children[name] = _Node(name, node, _join(node.origin, name))
+            node = child
+        return node
+
+    def _take(self, path: bytes) -> _Node:
+        """Take a node out of its place."""
+        node = self._find(path)
+        if node.parent is None:
+            raise SourceError("btrfs told of a change of the subvolume's own name.")
+        del node.parent.children[node.name]
+        node.parent.gone.add(node.name)
+        return node
+
+    def _place(self, path: bytes, node: _Node) -> _Node:
+        directory, _, name = path.rpartition(b"/")
+        parent = self._find(directory)
+        if not name:
+            raise SourceError("btrfs told of an item without a name.")
+        node.name, node.parent, node.touched = name, parent, True
+        parent.children[name] = node
+        return node
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def changelist(self) -> Changelist:
+        """What all commands together did."""
+        found: list[DirChange] = []
+        waiting = [(b"", self._root)]
+        while waiting:
+            path, node = waiting.pop()
+            touched = [child for child in node.children.values() if child.touched]
+            if node.origin is not None and (touched or node.gone):
+                names = node.gone.union(child.name for child in touched)
+                ranges = {child.name: merged(child.ranges) for child in touched if child.ranges}
+                found.append(DirChange(path, node.origin, names, ranges))
+            waiting.extend((_join(path, name), child) for name, child in node.children.items())
+        return Changelist(sorted(found, key=lambda change: change.path))
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path else name

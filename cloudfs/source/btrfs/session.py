@@ -1,0 +1,202 @@
+"""One sync's use of btrfs: snapshots before it, what changed between, one base after it.
+
+1. Each source, a subvolume, is snapshotted read-only into HOLDING at its own top, and so is each
+   subvolume within it. The sync reads the snapshots only.
+2. If the last sync's snapshots are still there, untouched, and belong to the snapshot that the
+   local state is at, what changed since is asked of the kernel. In all other cases the sync scans
+   the new snapshots, and says why.
+3. After the commit the new snapshots become the base and the old ones are deleted. A sync that
+   fails deletes its own; what a killed one left is deleted by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from cloudfs.core.changelist import Changelist, DirChange
+from cloudfs.core.errors import SourceError
+from cloudfs.core.manifest import SnapshotRecord
+from cloudfs.source.btrfs import subvolume
+from cloudfs.source.ready import Ready, scanned
+from cloudfs.source.roots import HOLDING, root_names
+
+Excludes = Callable[[bytes], bool]
+
+
+class _Held(msgspec.Struct, array_like=True):
+    """One snapshot: of which subvolume (by its path below the root), where, and what it is."""
+
+    path: bytes
+    place: bytes
+    uuid: str = ""
+    generation: int = 0
+
+
+class _Bases(msgspec.Struct, array_like=True):
+    """The snapshots that stand for one snapshot of the repository."""
+
+    snapshot: int
+    taken_ns: int
+    held: list[_Held]
+
+
+class BtrfsSource:
+    """The btrfs side of the syncs of one policy on this machine."""
+
+    def __init__(
+        self, sources: list[bytes], policy_id: str, note: Path, excludes: Excludes
+    ) -> None:
+        """``note`` is the file that remembers the base; ``excludes`` are the policy's, by path."""
+        self._sources = sources
+        self._prefix = os.fsencode(policy_id[:16])
+        self._note = note
+        self._excludes = excludes
+        self._names = root_names(sources) if len(sources) > 1 else [b""]
+
+    @contextlib.contextmanager
+    def ready(self, snapshot: int, taken_ns: int) -> Iterator[Ready]:
+        """Snapshots of the sources, and what changed since the snapshot of the repository that the
+        local state is at (0: at none): its number and time."""
+        base = self._read_note()
+        self._clean({held.place for held in base.held})
+        taken: list[_Held] = []
+        kept = False
+
+        def keep(record: SnapshotRecord) -> None:
+            nonlocal kept
+            self._write_note(_Bases(record.number, record.time_ns, taken))
+            kept = True
+            self._clean({held.place for held in taken})
+
+        try:
+            now_ns = time.time_ns()
+            try:
+                self._take(taken, now_ns)
+            except SourceError as error:
+                note = f"no btrfs snapshot could be taken, so the tree itself is scanned: {error}"
+                yield scanned(self._sources, [note])
+                return
+            found = Ready("btrfs", [held.place for held in taken if self._is_top(held)])
+            found.nested = {h.path: h.place for h in taken if not self._is_top(h)}
+            found.frozen_ns, found.keep = now_ns, keep
+            try:
+                found.changes = self._changes(base, taken, snapshot, taken_ns)
+            except SourceError as error:
+                found.notes.append(f"the snapshot is scanned: {error}")
+            yield found
+        finally:
+            if not kept:
+                self._clean({held.place for held in base.held})
+
+    def _is_top(self, held: _Held) -> bool:
+        return held.path in self._names
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    def _take(self, taken: list[_Held], now_ns: int) -> None:
+        """Snapshot every source and what is nested in it."""
+        for name, source in zip(self._names, self._sources, strict=True):
+            holding = os.path.join(source, HOLDING)
+            try:
+                os.makedirs(holding, 0o700, exist_ok=True)
+            except OSError as error:
+                raise SourceError(f"{os.fsdecode(holding)}: {error.strerror}.") from None
+            paths = self._paths(source)
+            for path in paths:
+                place = os.path.join(holding, b"%s-%d.%d" % (self._prefix, now_ns, len(taken)))
+                held = _Held(_join(name, path), place)
+                subvolume.snapshot(os.path.join(source, path) if path else source, place)
+                taken.append(held)
+                found = subvolume.identity(place)
+                held.uuid, held.generation = found.uuid, found.generation
+            if self._paths(source) != paths:
+                raise SourceError("a subvolume came, went or moved meanwhile.")
+
+    def _paths(self, source: bytes) -> list[bytes]:
+        """The paths of a source's own subvolume and of those within it that are backed up."""
+        return [b"", *(path for path in subvolume.below(source) if self._wanted(path))]
+
+    def _wanted(self, path: bytes) -> bool:
+        if path == HOLDING or path.startswith(HOLDING + b"/"):
+            return False
+        parts = path.split(b"/")
+        return not any(self._excludes(b"/".join(parts[: i + 1])) for i in range(len(parts)))
+
+    def _clean(self, keep: set[bytes]) -> None:
+        """Delete the snapshots of this policy that are not to be kept."""
+        for source in self._sources:
+            holding = os.path.join(source, HOLDING)
+            with contextlib.suppress(OSError):
+                for name in os.listdir(holding):
+                    place = os.path.join(holding, name)
+                    if name.startswith(self._prefix + b"-") and place not in keep:
+                        with contextlib.suppress(SourceError):  # the next sync tries again
+                            subvolume.delete(place)
+
+    # -- what changed --------------------------------------------------------------------------
+
+    def _changes(
+        self, base: _Bases, taken: list[_Held], snapshot: int, taken_ns: int
+    ) -> Changelist | None:
+        """What changed since the base; None before the first. Raises SourceError with the reason
+        where that cannot be known."""
+        if not base.held or not snapshot:
+            return None
+        if (base.snapshot, base.taken_ns) != (snapshot, taken_ns):
+            raise SourceError(
+                f"the last btrfs snapshot here belongs to snapshot {base.snapshot}, and not to"
+                f" snapshot {snapshot} as it is in the repository."
+            )
+        before = {held.path: held for held in base.held}
+        if before.keys() != {held.path for held in taken}:
+            raise SourceError("a subvolume came, went or moved.")
+        for held in base.held:
+            _check_untouched(held)
+        found = Changelist()
+        for new in taken:
+            below = subvolume.changes(before[new.path].place, new.place)
+            found.dirs.extend(
+                DirChange(
+                    _join(new.path, change.path),
+                    _join(new.path, change.old_path),
+                    change.names,
+                    change.ranges,
+                )
+                for change in below.dirs
+            )
+        return found
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def _read_note(self) -> _Bases:
+        try:
+            return msgspec.msgpack.decode(self._note.read_bytes(), type=_Bases)
+        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+            return _Bases(0, 0, [])
+
+    def _write_note(self, bases: _Bases) -> None:
+        """Atomic; what is lost of it costs a scan."""
+        temporary = self._note.with_name(f"{self._note.name}.{os.getpid()}")
+        temporary.write_bytes(msgspec.msgpack.encode(bases))
+        temporary.replace(self._note)
+
+
+def _check_untouched(held: _Held) -> None:
+    shown = os.fsdecode(held.place)
+    if not os.path.isdir(held.place):
+        raise SourceError(f"the last snapshot {shown} is gone.")
+    now = subvolume.identity(held.place)
+    if now.uuid != held.uuid:
+        raise SourceError(f"the last snapshot {shown} is another one.")
+    if now.generation != held.generation or not now.read_only:
+        raise SourceError(f"the last snapshot {shown} was written to.")
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path and name else path or name

@@ -1,0 +1,32 @@
+"""Which change source a policy uses."""
+
+from __future__ import annotations
+
+import os
+
+from cloudfs.core.errors import SourceError
+
+
+def choose(wanted: str, sources: list[bytes]) -> str:
+    """The source for a sync: what is wanted, or with "auto" the best that these sources allow.
+
+    Raises SourceError where what is wanted cannot be.
+    """
+    if wanted == "scan":
+        return wanted
+    from cloudfs.source.btrfs import subvolume
+
+    others = [source for source in sources if not subvolume.is_subvolume(source)]
+    if wanted == "auto":
+        return "scan" if others or not subvolume.available() else "btrfs"
+    if others:
+        raise SourceError(
+            f"{os.fsdecode(others[0])} is no btrfs subvolume. Name one as source, or use"
+            " `cloudfs policy set NAME --snapshot scan`."
+        )
+    if not subvolume.available():
+        raise SourceError(
+            "btrfs snapshots need root and the btrfs command (package btrfs-progs)."
+            " Install it and sync as root, or use `cloudfs policy set NAME --snapshot scan`."
+        )
+    return wanted

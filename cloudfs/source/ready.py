@@ -1,0 +1,33 @@
+"""What a change source hands to a sync: where to read, and what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cloudfs.core.changelist import Changelist
+from cloudfs.core.manifest import SnapshotRecord
+
+
+@dataclass
+class Ready:
+    """A tree that is ready to be read.
+
+    ``at`` says where each source is read (a snapshot, or the source itself), ``nested`` where what
+    another file system's snapshot leaves out is read, by path below the root. Without ``changes``
+    the sync scans. ``frozen_ns`` is when the tree stood still; None: it may change meanwhile.
+    """
+
+    kind: str
+    at: list[bytes]
+    nested: dict[bytes, bytes] = field(default_factory=dict)
+    changes: Changelist | None = None
+    frozen_ns: int | None = None
+    notes: list[str] = field(default_factory=list)
+    # Called after the commit, with the snapshot that holds the tree as it is here.
+    keep: Callable[[SnapshotRecord], None] = lambda record: None
+
+
+def scanned(sources: list[bytes], notes: list[str] | None = None) -> Ready:
+    """The sources themselves, to be scanned."""
+    return Ready("scan", sources, notes=notes or [])

@@ -1,0 +1,225 @@
+"""btrfs as change source, through the program, on a real file system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Machine
+from tests.engine import btrfs
+from tests.fuse.compare import assert_same
+
+HOLDING = ".cloudfs-snapshots"
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A btrfs of its own."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-btrfs-", dir="/dev/shm"))
+    with btrfs.file_system(base) as place:
+        yield place
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def tree(volume: Path) -> Path:
+    """A subvolume with a few files, and a subvolume within it."""
+    tree = btrfs.subvolume(volume / "tree")
+    (tree / "docs").mkdir()
+    (tree / "docs" / "plan").write_bytes(os.urandom(3_000_000))
+    for number in range(100):
+        (tree / "docs" / f"{number}").write_text(f"{number}" * 100)
+    btrfs.subvolume(tree / "docs" / "nested")
+    (tree / "docs" / "nested" / "below").write_text("below")
+    return tree
+
+
+@pytest.fixture
+def synced(machine: Machine, tree: Path, repo: str) -> Machine:
+    """A machine that synced the subvolume once."""
+    said = machine.run("policy", "create", "vol", "--source", tree, "--repo", repo).out
+    assert "changes found by btrfs snapshots" in said
+    machine.run("sync", "vol")
+    return machine
+
+
+def holding(tree: Path) -> list[str]:
+    return sorted(os.listdir(tree / HOLDING))
+
+
+def restored(machine: Machine, tree: Path) -> Path:
+    """The last snapshot, as it comes back on the same file system."""
+    out = tree.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    machine.run("restore", "vol", "--target", out)
+    return out
+
+
+def same(tree: Path, out: Path) -> None:
+    """Both are alike, but for the snapshots at the top of the tree."""
+    names = {name for name in os.listdir(tree) if name != HOLDING}
+    assert names == set(os.listdir(out))
+    for name in names:
+        assert_same(tree / name, out / name)
+
+
+def test_only_what_btrfs_tells_is_uploaded(synced: Machine, tree: Path) -> None:
+    same(tree, restored(synced, tree))
+    with (tree / "docs" / "plan").open("r+b") as file:
+        file.seek(1_500_000)
+        file.write(b"changed")
+    (tree / "docs" / "nested" / "more").write_text("more")
+    (tree / "docs" / "7").rename(tree / "seven")
+    done = synced.run("sync", "vol", "--json").objects[-1]
+    assert done["source"] == "btrfs"
+    assert done["bytes_read"] < 300_000  # the block that changed, and small files
+    same(tree, restored(synced, tree))
+    assert len(holding(tree)) == 2  # one for each of the two subvolumes
+    assert "unchanged" in synced.run("sync", "vol").out
+    assert "btrfs" in synced.run("snapshots", "vol").out
+
+
+def test_what_was_left_by_a_killed_sync_is_removed(synced: Machine, tree: Path) -> None:
+    kept = holding(tree)
+    (tree / "large").write_bytes(os.urandom(30_000_000))
+    with synced.start("sync", "vol", "--workers", "1") as process:
+        deadline = time.monotonic() + 20
+        while holding(tree) == kept and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert len(holding(tree)) > len(kept)
+    synced.run("sync", "vol")
+    assert len(holding(tree)) == len(kept)
+
+
+def test_a_base_that_is_gone_foreign_or_written_to_is_noticed(synced: Machine, tree: Path) -> None:
+    base = tree / HOLDING / holding(tree)[0]
+    btrfs.run("btrfs", "property", "set", "-ts", base, "ro", "false")
+    (base / "docs" / "planted").write_text("not what was backed up")
+    btrfs.run("btrfs", "property", "set", "-ts", base, "ro", "true")
+    (tree / "new").write_text("new")
+    done = synced.run("sync", "vol")
+    assert "was written to" in done.err
+    btrfs.run("btrfs", "subvolume", "delete", tree / HOLDING / holding(tree)[0])
+    done = synced.run("sync", "vol")
+    assert "is gone" in done.err
+    assert "unchanged" in done.out
+    base = tree / HOLDING / holding(tree)[0]
+    btrfs.run("btrfs", "subvolume", "delete", base)
+    btrfs.run("btrfs", "subvolume", "snapshot", "-r", tree, base)
+    assert "is another one" in synced.run("sync", "vol").err
+
+
+def test_a_subvolume_that_comes_or_goes(synced: Machine, tree: Path) -> None:
+    btrfs.subvolume(tree / "other")
+    (tree / "other" / "file").write_text("x")
+    assert "came, went or moved" in synced.run("sync", "vol").err
+    same(tree, restored(synced, tree))
+    btrfs.run("btrfs", "subvolume", "delete", tree / "docs" / "nested")
+    assert "came, went or moved" in synced.run("sync", "vol").err
+    same(tree, restored(synced, tree))
+
+
+def test_what_is_no_subvolume_is_refused(machine: Machine, volume: Path, repo: str) -> None:
+    (volume / "plain").mkdir()
+    said = machine.fails(
+        1, "policy", "create", "p", "--source", volume / "plain", "--repo", repo,
+        "--snapshot", "btrfs",
+    )  # fmt: skip
+    assert "is no btrfs subvolume" in said
+
+
+def test_a_full_file_system_is_scanned_instead(synced: Machine, tree: Path) -> None:
+    """No room for a snapshot is no reason to have no backup."""
+    shutil.rmtree(tree / HOLDING, ignore_errors=True)
+    for name in holding(tree):
+        btrfs.run("btrfs", "subvolume", "delete", tree / HOLDING / name)
+    (tree / HOLDING).rmdir()
+    (tree / HOLDING).write_text("in the way")
+    (tree / "new").write_text("new")
+    done = synced.run("sync", "vol")
+    assert "the tree itself is scanned" in done.err
+    assert "Snapshot 2" in done.out
+
+
+def test_excluded_and_foreign_things_stay_out(machine: Machine, tree: Path, repo: str) -> None:
+    machine.run(
+        "policy", "create", "vol", "--source", tree, "--repo", repo, "--exclude", "nested/"
+    )  # fmt: skip
+    machine.run("sync", "vol")
+    assert len(holding(tree)) == 1
+    assert HOLDING not in machine.run("ls", "vol").out
+    (tree / "docs" / "nested" / "more").write_text("more")
+    assert "unchanged" in machine.run("sync", "vol").out
+    found = machine.run("find", "vol").out
+    assert "plan" in found
+    assert "nested" not in found
+
+
+@pytest.mark.parametrize("care", ["fsync", "flushoncommit"])
+def test_no_record_n_plus_one_without_record_n(
+    synced: Machine, tree: Path, tmp_path: Path, care: str
+) -> None:
+    """Writers never stop; each snapshot shows a prefix of what they wrote.
+
+    Of what was only written, not flushed, btrfs itself keeps no order, unless it is mounted so.
+    """
+    if care == "flushoncommit":
+        btrfs.run("mount", "-o", "remount,flushoncommit", tree.parent)
+    script = tmp_path / "writer.py"
+    script.write_text(WRITER)
+    writers = [
+        subprocess.Popen([sys.executable, script, tree, str(number), care]) for number in range(3)
+    ]
+    try:
+        for _ in range(4):
+            time.sleep(0.4)
+            assert "Snapshot" in synced.run("sync", "vol").out
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    shown = synced.run("snapshots", "vol", "--json").objects
+    assert [snapshot["source"] for snapshot in shown] == ["btrfs"] * 5
+    for snapshot in shown[1:]:
+        out = tmp_path / f"out{snapshot['number']}"
+        synced.run("restore", f"vol@{snapshot['number']}", "--target", out)
+        for number in range(3):
+            check_prefix(out / f"w{number}")
+
+
+WRITER = """
+import os, sys
+base = os.path.join(sys.argv[1], "w" + sys.argv[2])
+os.makedirs(base)
+record = 0
+while True:
+    record += 1
+    path = os.path.join(base, "f%d" % (record % 7))
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"%d\\n" % record)
+        if sys.argv[3] == "fsync":
+            os.fsync(file.fileno())
+    os.rename(path, os.path.join(base, "g")); os.rename(os.path.join(base, "g"), path)
+    if record % 50 == 0:
+        os.rename(path, os.path.join(base, "done-%d" % record))
+"""
+
+
+def check_prefix(base: Path) -> None:
+    """The records in all files of a writer are 1 to n, but for the one being written."""
+    records: list[int] = []
+    for path in base.iterdir():
+        records.extend(int(line) for line in path.read_text().splitlines())
+    assert sorted(records) == list(range(1, len(records) + 1))
+    assert records

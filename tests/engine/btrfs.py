@@ -1,0 +1,42 @@
+"""A real btrfs on a loop device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+SIZE = 1 << 30
+
+
+@contextlib.contextmanager
+def file_system(base: Path, size: int = SIZE) -> Iterator[Path]:
+    """A btrfs, mounted in ``base``; what is missing for it makes the test fail."""
+    assert os.geteuid() == 0, "this test needs root, to mount btrfs"
+    assert shutil.which("mkfs.btrfs"), "this test needs btrfs-progs"
+    image, place = base / "btrfs.img", base / "btrfs"
+    with image.open("wb") as file:
+        file.truncate(size)
+    place.mkdir()
+    run("mkfs.btrfs", "-q", image)
+    run("mount", "-o", "loop", image, place)
+    try:
+        yield place
+    finally:
+        run("umount", "-l", place)
+        image.unlink()
+
+
+def subvolume(path: Path) -> Path:
+    """Make a subvolume."""
+    run("btrfs", "subvolume", "create", path)
+    return path
+
+
+def run(*command: str | Path) -> None:
+    """Run a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"

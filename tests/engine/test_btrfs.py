@@ -1,0 +1,136 @@
+"""Changes told by btrfs: every snapshot is what the tree was, and nothing else was looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from cloudfs.backup import packs
+from cloudfs.backup.job import SyncResult
+from cloudfs.source.roots import HOLDING
+from tests.engine import btrfs
+from tests.engine.rig import Rig, difference
+from tests.engine.test_machine import PLACES, SIZES, Tree
+
+
+@pytest.fixture(scope="module")
+def volume() -> Iterator[Path]:
+    """A btrfs for all tests of this module."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-btrfs-", dir="/dev/shm"))
+    with btrfs.file_system(base) as place:
+        yield place
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def rig(volume: Path) -> Iterator[Rig]:
+    """A subvolume with a policy."""
+    base = Path(tempfile.mkdtemp(dir=volume))
+    tree = btrfs.subvolume(base / "tree")
+    yield Rig(base, [tree], source="btrfs")
+    remove(base)
+
+
+def remove(base: Path) -> None:
+    """Remove a directory with all subvolumes in it."""
+    for path in sorted(base.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink() and path.stat().st_ino == 256:
+            btrfs.run("btrfs", "subvolume", "delete", path)
+    shutil.rmtree(base, ignore_errors=True)
+
+
+class OnBtrfs(Tree):
+    """The state machine of the engine, with what only btrfs can do, on a subvolume."""
+
+    volume: Path
+
+    def __init__(self) -> None:
+        RuleBasedStateMachine.__init__(self)
+        self.base = Path(tempfile.mkdtemp(dir=self.volume))
+        tree = btrfs.subvolume(self.base / "tree")
+        self.rig = Rig(self.base, [tree], max_pack_bytes=5000, source="btrfs")
+        self.models = {}
+
+    @rule(a=PLACES, b=PLACES)
+    def clone(self, a: list[bytes], b: list[bytes]) -> None:
+        if os.path.isfile(self.path(a)) and not os.path.isdir(self.path(b)):
+            with contextlib.suppress(OSError), open(self.path(a), "rb") as source:
+                if os.path.exists(self.path(b)) and not os.path.isfile(self.path(b)):
+                    return
+                with open(self.path(b), "wb") as target:
+                    import fcntl
+
+                    fcntl.ioctl(target, 0x40049409, source.fileno())  # FICLONE
+
+    @rule(parts=PLACES, offset=SIZES, size=SIZES)
+    def punch(self, parts: list[bytes], offset: int, size: int) -> None:
+        if os.path.isfile(self.path(parts)) and size:
+            btrfs.run(
+                "fallocate", "-p", "-o", str(offset), "-l", str(size),
+                os.fsdecode(self.path(parts)),
+            )  # fmt: skip
+
+    @rule()
+    def lose_base(self) -> None:
+        """Somebody deletes the snapshot that changes are counted from."""
+        for place in (self.rig.tree / os.fsdecode(HOLDING)).glob("*"):
+            btrfs.run("btrfs", "subvolume", "delete", place)
+
+    def take(self, force: bool) -> SyncResult:
+        known = bool(self.models) and (self.base / "machines" / self.rig.machine).exists()
+        held = any((self.rig.tree / os.fsdecode(HOLDING)).glob("*"))
+        result = self.rig.sync(force=force)
+        if known:
+            scanned = [note for note in self.rig.notes if "is gone" in note]
+            assert self.rig.notes == scanned, "the snapshot was scanned"
+            assert bool(scanned) != held
+        if result.snapshot is not None:
+            assert result.snapshot.source == "btrfs"
+            assert result.snapshot.consistent
+        return result
+
+    def teardown(self) -> None:
+        try:
+            if self.models:
+                self.sync(False)
+            for number, expected in self.models.items():
+                assert not difference(self.rig.contents(number), expected), f"snapshot {number}"
+            if self.models:
+                assert len(os.listdir(self.rig.tree / os.fsdecode(HOLDING))) == 1
+        finally:
+            self.rig.repository.local.close()
+            remove(self.base)
+
+
+def hunt(volume: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> None:
+    monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
+    monkeypatch.setattr(OnBtrfs, "volume", volume, raising=False)
+    run_state_machine_as_test(
+        OnBtrfs,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
+
+
+def test_snapshots_are_what_the_tree_was(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hunt(volume, monkeypatch, 25, 40)
+
+
+@pytest.mark.long
+def test_snapshots_are_what_the_tree_was_for_long(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hunt(volume, monkeypatch, 2000, 100)
