@@ -35,7 +35,7 @@ setup_python() {
     }
     [ -x "$here/.venv/bin/python" ] || "$python" -m venv "$here/.venv"
     # Installed once for each state of what is asked for.
-    stamp="$here/.venv/installed-$(cat "$here/setup.cfg" "$here/pyproject.toml" | sha256sum |
+    stamp="$here/.venv/installed-$(cat "$here"/setup.{py,cfg} "$here/pyproject.toml" | sha256sum |
         cut -c1-16)${extra//[^a-z]/}"
     if [ ! -e "$stamp" ]; then
         echo "Installing cloudfs${extra} into .venv …"
