@@ -41,6 +41,11 @@ setup_python() {
         echo "Installing cloudfs${extra} into .venv …"
         "$here/.venv/bin/python" -m pip install -q --upgrade pip
         PYTHONWARNINGS=ignore "$here/.venv/bin/python" -m pip install -q -e "$here$extra"
+        # An editable install makes the manual pages, but does not install them.
+        local page
+        for page in "$here"/build/man/*.[1-8]; do
+            install -D -m 644 "$page" "$here/.venv/share/man/man${page##*.}/${page##*/}"
+        done
         touch "$stamp"
     fi
     PATH="$here/.venv/bin:$PATH"
