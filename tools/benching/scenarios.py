@@ -48,6 +48,7 @@ def kernel(base: Path, programs: list[Program], results: Results) -> None:
     """A kernel tree, and the next one in its place."""
     old, new = data.kernel(base, "6.1"), data.kernel(base, "6.12")
     live = base / "data" / "live"
+    live.mkdir(parents=True, exist_ok=True)
     for program in programs:
         subprocess.run(["rsync", "-a", "--delete", f"{old}/", f"{live}/"], check=True)
         _tree("kernel", live, base, program, results)
