@@ -76,9 +76,10 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
         source = stack.enter_context(_ready(job, directory, state))
         places = RootPlaces(job.settings.sources, source.at, source.nested)
         roots = stack.enter_context(contextlib.closing(Roots(places)))
-        return _Sync(job, events, source, places, roots, history, state, lease, spool).run(
-            took_over
-        )
+        running = _Sync(job, events, source, places, roots, history, state, lease, spool)
+        result = running.run(took_over)
+    result.requests = running.requests()  # giving the lease back was one more
+    return result
 
 
 def _ready(
@@ -400,7 +401,7 @@ class _Sync:
             bytes_read=collected.bytes_read,
             bytes_stored=collected.bytes_stored,
             packs=len(collected.packs),
-            requests=self._requests().requests,
+            requests=self.requests().requests,
             duration_ns=now_ns - self._started_ns,
         )
         source = self._source
@@ -413,7 +414,8 @@ class _Sync:
             self._snapshot, taken_ns, source.kind, frozen, self._job.host, tags, stats
         )
 
-    def _requests(self) -> Requests:
+    def requests(self) -> Requests:
+        """What was asked of the store up to now."""
         return self._job.repository.store.counts() + self._collected.requests
 
     def _result(self, record: SnapshotRecord | None, walk: Walk) -> SyncResult:
@@ -422,7 +424,7 @@ class _Sync:
             record,
             self._previous,
             sorted(self._collected.errors),
-            self._requests(),
+            self.requests(),
             tally.new,
             tally.changed,
             tally.moved,
