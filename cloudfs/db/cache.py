@@ -24,6 +24,8 @@ from pathlib import Path
 
 import lmdb
 
+MAX_READERS = 1024
+_LOCK_BYTES = (MAX_READERS + 2) * 64  # a cache line for each reader, and two of its own
 _SIZE_KEY = b"size"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -31,6 +33,21 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def boot_id() -> str:
     """The id that the kernel took at boot."""
     return _BOOT_ID.read_text().strip()
+
+
+def reserve_locks(directory: Path) -> None:
+    """Take the room of LMDB's table of readers. Raises OSError where there is none.
+
+    LMDB maps that file as it is, full of holes: on a full disk the process would be killed
+    (SIGBUS) when it first writes there. Only before the environment is opened in this process:
+    closing the file drops the locks that LMDB would hold.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(directory / "lock.mdb", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, _LOCK_BYTES)
+    finally:
+        os.close(fd)
 
 
 class BlobCache:
@@ -56,13 +73,14 @@ class BlobCache:
             self._queue = self._env.open_db(b"queue", integerkey=False)
 
     def _open(self, directory: Path) -> lmdb.Environment:
+        reserve_locks(directory)
         return lmdb.open(
             str(directory),
             map_size=4 * self._limit + (64 << 20),
             max_dbs=2,
             sync=False,
             mode=0o600,
-            max_readers=1024,
+            max_readers=MAX_READERS,
         )
 
     def get(self, key: bytes) -> bytes | None:

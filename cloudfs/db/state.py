@@ -20,7 +20,7 @@ import lmdb
 import msgspec
 
 from cloudfs.core.changes import Counts, DirRecord
-from cloudfs.db.cache import boot_id
+from cloudfs.db.cache import MAX_READERS, boot_id, reserve_locks
 
 MAP_BYTES = 1 << 40
 _HEAD = b"head"
@@ -57,6 +57,7 @@ class SyncState:
             if stamp not in (_CLEAN, boot_id()):
                 shutil.rmtree(directory / "records", ignore_errors=True)
             self._stamp.write_text(boot_id())
+            reserve_locks(directory / "records")
         self._env = lmdb.open(
             str(directory / "records"),
             map_size=MAP_BYTES,
@@ -64,7 +65,7 @@ class SyncState:
             sync=False,
             readonly=not writer,
             mode=0o600,
-            max_readers=1024,
+            max_readers=MAX_READERS,
             lock=True,
         )
         self._dirs = self._env.open_db(b"dirs", create=writer)
