@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import signal
 import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,6 +225,41 @@ def _remove(path: Path) -> None:
         path.rmdir()
     else:
         path.unlink(missing_ok=True)
+
+
+# -- gocryptfs#363: inode numbers are used again -------------------------------------------------
+
+
+def test_storms_of_inodes_during_syncs(tmp_path: Path) -> None:
+    """Files come and go while syncs run; every snapshot can be read, and the last one is true."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as base:
+        rig = Rig(Path(base))
+        (rig.tree / "stays").write_text("stays")
+        stop = threading.Event()
+
+        def storm() -> None:
+            dice = random.Random(1)
+            for turn in itertools.count():
+                names = [rig.tree / f"{turn} {number}" for number in range(20)]
+                for path in names:
+                    path.write_bytes(dice.randbytes(dice.choice([1, 100, 5000])))
+                for path in names[dice.randrange(3) :]:
+                    path.unlink()
+                if stop.is_set():
+                    return
+
+        thread = threading.Thread(target=storm)
+        thread.start()
+        try:
+            for _ in range(6):
+                rig.sync(force=True)
+        finally:
+            stop.set()
+            thread.join()
+        rig.sync(force=True)
+        assert_last(rig)
+        for number in range(1, 8):
+            assert rig.contents(number)[b"/stays"][-1] == b"stays"  # type: ignore[index]
 
 
 # -- restic 0.16.3: what the compressor made does not decode ------------------------------------
