@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
 from benching.measure import Cost, Failed, Results, memory_mb, run
 from benching.programs import MARK, Cloudfs, Restic, find_programs
+from benching.steps import check_room
 
 HOLD_30_MB = "import sys; held = b'x' * 30_000_000; print('.', flush=True); sys.stdin.read()"
 
@@ -68,3 +69,10 @@ def test_figures_stand_beside_what_is_asked(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert "asked ≤ 2: yes" in printed
     assert "cloudfs 9  restic 18  best peer / cloudfs 2.00  asked ≤ 8: NO" in printed
+
+
+def test_a_restore_that_would_fill_the_file_system_is_not_begun(tmp_path: Path) -> None:
+    program = Cloudfs(tmp_path)
+    check_room(program, tmp_path, 1000)
+    with pytest.raises(Failed, match="no room"):
+        check_room(program, tmp_path, 1 << 60)

@@ -32,6 +32,8 @@ class Program:
     speaks_s3 = False
     local: tuple[str, ...] = ("cache",)
     """What is kept below ``base`` beside the repository."""
+    files_each = 1
+    """Files that a restore makes for each that it restores."""
 
     def __init__(self, base: Path, label: str, path: str) -> None:
         self.name = label
@@ -232,6 +234,7 @@ class Kopia(Program):
     kind = "kopia"
     speaks_s3 = True
     local = ("config", "cache", "logs")
+    files_each = 2  # each content is cached in a file of its own
 
     def _own(self) -> dict[str, str]:
         return {

@@ -12,7 +12,7 @@ from pathlib import Path
 from benching import data, remote
 from benching.measure import Results, run
 from benching.programs import Cloudfs, Program
-from benching.steps import attempt, cold_mount, copy, mounted, restore
+from benching.steps import attempt, check_room, cold_mount, copy, mounted, restore
 
 Scenario = Callable[[Path, list[Program], Results], None]
 
@@ -77,9 +77,14 @@ def million(base: Path, programs: list[Program], results: Results) -> None:
     for program in programs:
         _tree("million", source, base, program, results)
         attempt("mount", program, partial(_browse, "million", base, program, results, ""))
-        attempt("restore", program, partial(_restore, "million", source, base, program, results))
+        attempt("restore", program, partial(_restore_million, source, base, program, results))
         attempt("cold mount", program, partial(cold_mount, "million", program, base, results))
         shutil.rmtree(program.base)
+
+
+def _restore_million(source: Path, base: Path, program: Program, results: Results) -> None:
+    check_room(program, base, data.DIRECTORIES * (data.FILES_EACH + 1))
+    _restore("million", source, base, program, results)
 
 
 def help_(base: Path, programs: list[Program], results: Results) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def restore(
     finally:
         shutil.rmtree(target)
     return cost
+
+
+def check_room(program: Program, base: Path, files: int) -> None:
+    """Raise Failed where restoring so many small files would fill a file system that others use."""
+    wanted = files * program.files_each * 11 // 10
+    free = os.statvfs(base)
+    if free.f_favail < wanted or free.f_bavail * free.f_frsize < wanted * 4096:
+        raise Failed(f"{base} has no room for {wanted:,} more files; see --data")
 
 
 def copy(program: Program, top: Path, base: Path, timeout_s: float | None = None) -> Cost:
