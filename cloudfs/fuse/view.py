@@ -166,6 +166,7 @@ class View(pyfuse3.Operations):
 
     async def _look_for_news(self, ino: int) -> None:
         """Where ``ino`` shows snapshots or policies, learn of new ones, but wait only so long."""
+        waiting = []
         for branch in self._tree.branches_at(ino):
             if self._clock_s() - self._refreshed.get(branch, self._made) < self._refresh_s:
                 continue
@@ -174,8 +175,11 @@ class View(pyfuse3.Operations):
                 assert self._nursery is not None
                 done = self._refreshing[branch] = trio.Event()
                 self._nursery.start_soon(self._refresh, branch, done)
+            waiting.append(done)
+        if waiting:
             with self.turns.away(), trio.move_on_after(REFRESH_WAIT_S):
-                await done.wait()
+                for done in waiting:
+                    await done.wait()
 
     async def _refresh(self, branch: Branch | None, done: trio.Event) -> None:
         what = "policies" if branch is None else "snapshots"
