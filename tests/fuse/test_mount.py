@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -237,12 +239,17 @@ def test_two_mounts_at_once(bench: Bench, tree: Path, mnt: Path, tmp_path: Path)
     assert str(mnt) not in {mounted.mountpoint for mounted in places.mounts()}
 
 
-def test_modes_are_obeyed(bench: Bench, tree: Path, mnt: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A directory that every user reaches: pytest closes its own ones again whenever it starts."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        os.chmod(place, 0o755)
+        yield Path(place)
+
+
+def test_modes_are_obeyed(bench: Bench, tree: Path, open_to_all: Path) -> None:
     tree.chmod(0o755)
-    tmp_path.chmod(0o755)
-    for above in tmp_path.parents:
-        if above.stat().st_uid == os.getuid() and above != Path("/"):
-            above.chmod(above.stat().st_mode | 0o111)
+    mnt = open_to_all / "mnt"
     (tree / "length-1").chmod(0o600)
     bench.sync(tree)
     reads = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", "cat"]
