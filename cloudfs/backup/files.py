@@ -64,8 +64,11 @@ class FileReader:
         append = self._packer.rows.entries.append
         parent, snapshot = task.lin, self._snapshot
         for index in every if task.names is None else task.names:
-            if index not in absent:
-                stat = stats[index]
+            stat = stats[index]
+            if index in absent:
+                # What had the name before is buried: the name goes with it.
+                append(Entry(parent, stat.name, snapshot, 0, 0))
+            else:
                 append(Entry(parent, stat.name, snapshot, lins[index], stat.type))
 
     def _items(

@@ -335,7 +335,7 @@ class _Sync:
 
     def _conclude(self, walk: Walk) -> SyncResult:
         collected = self._collected
-        collected.errors.extend(walk.errors)
+        collected.errors.extend(set(walk.errors).difference(collected.errors))
         collected.errors.extend(
             (b"(LIN %d)" % lin, "changed while it was read") for lin in collected.torn_files()
         )

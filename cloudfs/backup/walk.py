@@ -114,6 +114,7 @@ class Walk:
             for found in outcome.changed:
                 self._take_first(found)
                 seen += found.counts.items + 1
+            self.errors.extend(outcome.unlisted)
             for error_lin, error_path, words in outcome.errors:
                 self.errors.append((error_path, words))
                 self._stage(error_lin, DirRecord(b"", b"\x90", [], [], Counts()))
@@ -182,6 +183,8 @@ class Walk:
             self.errors.append((change.path, reason(error)))
             self._unread(lin)
             return
+        self.errors.extend(scanner.unlisted)
+        scanner.unlisted.clear()
         self.items_seen += len(change.names)
         if scan is not None:
             self.diff.take(scan, record)
@@ -207,6 +210,7 @@ class Walk:
         for outcome in scan_parts(parts):
             self.items_seen += outcome.unchanged.items
             following.extend(outcome.left)
+            self.errors.extend(outcome.unlisted)
             for lin, path, words in outcome.errors:
                 self.errors.append((path, words))
                 self._unread(lin)

@@ -78,6 +78,7 @@ class ScanOutcome(msgspec.Struct, array_like=True):
     changed: list[DirScan] = msgspec.field(default_factory=list)
     left: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
     errors: list[tuple[int, bytes, str]] = msgspec.field(default_factory=list)
+    unlisted: list[tuple[bytes, str]] = msgspec.field(default_factory=list)
 
 
 @dataclass
@@ -87,6 +88,8 @@ class Scanner:
     roots: Roots
     filters: Filters
     clock_ns: Callable[[], int] = time.time_ns
+    # Single entries that cannot be looked at: path, reason. Whoever visits takes them from here.
+    unlisted: list[tuple[bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -118,6 +121,7 @@ class Scanner:
             else:
                 seen += found.counts.items + 1
                 outcome.changed.append(found)
+        outcome.unlisted, self.unlisted = self.unlisted, []
         return outcome
 
     def visit(self, lin: int, path: bytes, record: DirRecord | None) -> DirScan | None:
@@ -129,7 +133,10 @@ class Scanner:
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
-            entries = [] if foreign else _list(fd, dev)
+            refused: list[tuple[bytes, OSError]] = []
+            entries = [] if foreign else _list(fd, dev, refused)
+            if refused:
+                self._refuse(path, entries, refused, record)
             if not below:
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             for name, nested_fd in self.roots.nested_in(path).items():
@@ -146,6 +153,21 @@ class Scanner:
             return None
         return _describe(lin, path, dev, entries, listing, signature, now_ns)
 
+    def _refuse(
+        self,
+        path: bytes,
+        entries: list[RawEntry],
+        refused: list[tuple[bytes, OSError]],
+        record: DirRecord | None,
+    ) -> None:
+        """Note entries that cannot be looked at; those that are on record stay as they were."""
+        known = {e[0]: e for e in _decode(record.listing)} if record is not None else {}
+        for name, error in refused:
+            self.unlisted.append((path + b"/" + name if path else name, reason(error)))
+            if name in known:
+                entries.append(known[name])
+        entries.sort()
+
     def revisit(self, lin: int, change: DirChange, record: DirRecord) -> DirScan | None:
         """Look at the names that changed in a directory, and take the others from its record.
 
@@ -161,15 +183,19 @@ class Scanner:
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []
+            refused: list[tuple[bytes, OSError]] = []
             for name in change.names:
                 known.pop(name, None)
                 if name in nested or (name == HOLDING and not below):
                     continue
                 try:
                     status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    again.append(_raw(name, status, dev))
                 except FileNotFoundError:
                     continue
-                again.append(_raw(name, status, dev))
+                except OSError as error:
+                    refused.append((name, error))
+            self._refuse(change.path, again, refused, record)
             if self.filters.by_name:
                 again = self._filtered(again, below, fd)
             again.extend(_raw(name, os.fstat(nested_fd), dev) for name, nested_fd in nested.items())
@@ -223,16 +249,19 @@ class Matcher:
         return self._spec.match_file(os.fsdecode(path) + ("/" if is_dir else ""))
 
 
-def _list(fd: int, dev: int) -> list[RawEntry]:
+def _list(fd: int, dev: int, refused: list[tuple[bytes, OSError]]) -> list[RawEntry]:
+    """The entries of a directory by name; what cannot be looked at goes to ``refused``."""
     entries: list[RawEntry] = []
     append = entries.append
     with os.scandir(fd) as listing:
         for entry in listing:
+            name = entry.name.encode("utf-8", "surrogateescape")
             try:
-                s = entry.stat(follow_symlinks=False)
+                append(_raw(name, entry.stat(follow_symlinks=False), dev))
             except FileNotFoundError:
                 continue  # removed since the directory was read
-            append(_raw(entry.name.encode("utf-8", "surrogateescape"), s, dev))
+            except OSError as error:
+                refused.append((name, error))
     entries.sort()
     return entries
 

@@ -128,19 +128,15 @@ def _become_a_symlink(path: Path) -> None:
     path.symlink_to("/etc/hostname")
 
 
-NOT_YET = pytest.mark.xfail(
-    strict=True,
-    reason="what replaced a file and could not be read leaves the name of what is buried",
-)
 CHANGES = [
     _append,
     _overwrite,
     _truncate,
     Path.unlink,
     _replace,
-    pytest.param(_become_a_directory, marks=NOT_YET),
-    pytest.param(_become_a_fifo, marks=NOT_YET),
-    pytest.param(_become_a_symlink, marks=NOT_YET),
+    _become_a_directory,
+    _become_a_fifo,
+    _become_a_symlink,
 ]
 
 STEPS: list[tuple[Any, str]] = [
@@ -302,7 +298,6 @@ def make_entries(tree: Path) -> None:
         (tree / name).write_text(name)
 
 
-@NOT_YET
 def test_what_replaced_a_file_cannot_be_read(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     (rig.tree / "a").write_text("old")
     rig.sync()
@@ -368,10 +363,6 @@ def cannot_be_told(path: Path) -> bool:
     return False
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what cannot be described by lstat keeps its whole directory from being read",
-)
 def test_a_mount_whose_server_died_within_the_tree(tmp_path: Path) -> None:
     """Nothing can be learnt of it, not even by lstat. What lies beside it is backed up."""
     machine, tree = Machine(tmp_path / "machine"), tmp_path / "tree"
