@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 DIRECTORIES, FILES_EACH = 5000, 200
+RUN_WORDS = 12
 NAMES = ("6.1", "6.12", "million")
 given: dict[str, Path] = {}
 """Trees that are there already, by their names. They are only read."""
@@ -47,10 +48,6 @@ def change_disk(disk: Path) -> None:
         file.write(os.urandom(4096))
 
 
-def _words(text: str) -> list[str]:
-    return sorted(set(re.findall(r"[a-z]{3,12}", text)))
-
-
 def _fill(task: tuple[int, str, list[str]]) -> None:
     number, top, words = task
     rng = random.Random(number)
@@ -58,18 +55,28 @@ def _fill(task: tuple[int, str, list[str]]) -> None:
     os.makedirs(place)
     for index in range(FILES_EACH):
         size = rng.randint(100, 1500)
-        text = " ".join(rng.choices(words, k=size // 6 + 2))[:size]
-        with open(f"{place}/{rng.choice(words)}-{index}.txt", "w") as file:
-            file.write(text)
+        text = ""
+        while len(text) < size:
+            start = rng.randrange(len(words) - RUN_WORDS)
+            text += " ".join(words[start : start + RUN_WORDS]) + " "
+        name = f"{rng.choice(words)}-{index}.txt"
+        with open(f"{place}/{name}", "w") as file:
+            file.write(text[:size])
 
 
 def million(base: Path) -> Path:
-    """A million files of 100 to 1,500 bytes of words, in 5,000 directories."""
+    """A million files of 100 to 1,500 bytes of text, in 5,000 directories.
+
+    The text is runs of words out of licences: it compresses by 1.7 within a file and by 6 among
+    many, as text does.
+    """
     if "million" in given:
         return given["million"]
     target = base / "data" / "million"
     if not target.exists():
-        words = _words(Path("/usr/share/common-licenses/GPL-3").read_text())
+        licences = sorted(Path("/usr/share/common-licenses").iterdir())
+        text = "\n".join(p.read_text(errors="replace") for p in licences if not p.is_symlink())
+        words = re.findall(r"[A-Za-z]+", text)
         tasks = [(number, str(target), words) for number in range(DIRECTORIES)]
         with multiprocessing.Pool() as pool:
             pool.map(_fill, tasks, chunksize=50)
