@@ -177,3 +177,14 @@ def test_each_request_waits_by_itself(proxy: Proxy) -> None:
         thread.join()
     assert 0.4 <= time.monotonic() - started < 1.4
     assert Tally.of(proxy.take()).gets == 8
+
+
+def test_it_ends_in_silence_while_clients_are_connected(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with http_server(Handler) as url, Proxy(url) as proxy:
+        connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc, timeout=10)
+        assert ask(connection, "GET", "/bucket/a")[0] == 200
+    connection.close()
+    assert capfd.readouterr().err == ""
+    assert caplog.messages == []

@@ -118,8 +118,8 @@ class Proxy:
                     server = await self._reconnect(server)
                 if not await self._pass(head, client, server):
                     break
-        except (OSError, asyncio.IncompleteReadError):
-            pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # one side is gone, or the proxy ends
         finally:
             client.writer.close()
             if server is not None:
