@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
+from benching import programs
 from benching.measure import Cost, Failed, Results, memory_mb, run
 from benching.programs import MARK, Cloudfs, Restic, find_programs
 from benching.steps import check_room
@@ -76,3 +78,14 @@ def test_a_restore_that_would_fill_the_file_system_is_not_begun(tmp_path: Path) 
     check_room(program, tmp_path, 1000)
     with pytest.raises(Failed, match="no room"):
         check_room(program, tmp_path, 1 << 60)
+
+
+def test_a_mount_that_does_not_end_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "END_S", 0.1)
+    program = Restic(tmp_path, "restic", "/bin/true")
+    program._process = subprocess.Popen(["sleep", "100"])
+    process = program._process
+    program.unmount(tmp_path / "nothing-is-mounted-here")
+    assert process.returncode == -signal.SIGKILL

@@ -21,6 +21,8 @@ from pathlib import Path
 from benching.measure import Cost, Failed, memory_mb, processor_s, run
 
 SECRET = "correct horse battery staple"
+END_S = 10.0
+"""How long the process behind a mount may take to end by itself."""
 MARK = "CLOUDFS_BENCH"
 """A variable in the environment of all that a program starts, detached processes as well."""
 
@@ -105,11 +107,18 @@ class Program:
         return None
 
     def unmount(self, mountpoint: Path) -> None:
-        """Unmount, and wait until the process has ended."""
+        """Unmount, and wait until the process has ended; it may be busy with what nobody awaits."""
         subprocess.run(["fusermount3", "-u", str(mountpoint)], check=False, capture_output=True)
-        if self._process is not None:
-            self._process.wait(60)
-            self._process = None
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            command = ["fusermount3", "-u", "-z", str(mountpoint)]
+            subprocess.run(command, check=False, capture_output=True)
+            process.kill()
+            process.wait()
 
     def _serve(self, command: list[str], mountpoint: Path, find: str) -> tuple[Cost, Path]:
         started = time.perf_counter()
