@@ -28,6 +28,7 @@ from cloudfs.db.local import LocalState
 from cloudfs.repo.repository import Opening, Repository
 from cloudfs.store.open import StoreOptions, open_store
 
+_SAFE_PATH = "PYTHONSAFEPATH"
 PRELOAD = ["cloudfs.backup.worker", "cloudfs.restore.worker"]
 _PR_SET_PDEATHSIG = 1
 _QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
@@ -84,17 +85,26 @@ def _end_with_parent() -> None:
 
 
 def prepare() -> None:
-    """Start the server of worker processes, for who knows early that there will be a pool."""
-    threading.Thread(target=_ensure_server, name="server", daemon=True).start()
+    """Start the server of worker processes, for who knows early that there will be a pool.
 
-
-def _ensure_server() -> None:
+    Does not wait for its imports.
+    """
     from multiprocessing import forkserver
 
     if _QUIET_TRACKER not in sys.warnoptions:
         sys.warnoptions.append(_QUIET_TRACKER)  # handed down to helpers when they are started
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    # The server would look for modules in the current directory first, which may be anybody's.
+    # Who starts it has no other process to start meanwhile.
+    kept = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if kept is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = kept
 
 
 class WorkerPool(ProcessPoolExecutor):
@@ -105,6 +115,7 @@ class WorkerPool(ProcessPoolExecutor):
     """
 
     def __init__(self, workers: int, given: WorkerOpening) -> None:
+        prepare()
         super().__init__(workers, multiprocessing.get_context("forkserver"), _start, (given,))
         self.started = threading.Event()
         threading.Thread(target=self._start_all, args=(workers,), name="start", daemon=True).start()
@@ -115,7 +126,6 @@ class WorkerPool(ProcessPoolExecutor):
         main = sys.modules["__main__"]
         kept = main.__dict__.pop("__file__", None)
         try:
-            _ensure_server()
             with contextlib.suppress(RuntimeError, OSError):
                 for _ in range(workers):
                     self.submit(_nothing)
