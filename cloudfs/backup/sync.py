@@ -152,7 +152,7 @@ class _Sync:
             next_lin,
             queue,
             trust=trust,
-            stable_inodes=changes is not None,
+            stable_inodes=changes is not None and self._source.stable_inodes,
         )
         context = SyncContext(
             self._job.record,

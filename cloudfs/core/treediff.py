@@ -317,6 +317,8 @@ class TreeDiff:
         if lin:
             self.tally.moved += 1
             directory.bases[item.index] = lin
+            if not self._stable_inodes:  # then it may be another file that is like it
+                directory.scan.ranges.pop(item.index, None)
         else:
             self.tally.new += 1
             lin = self.allot(1)

@@ -23,6 +23,7 @@ class Ready:
     nested: dict[bytes, bytes] = field(default_factory=dict)
     changes: Changelist | None = None
     frozen_ns: int | None = None
+    stable_inodes: bool = False  # an inode number is never given twice, in all of the tree
     notes: list[str] = field(default_factory=list)
     # Called after the commit, with the snapshot that holds the tree as it is here.
     keep: Callable[[SnapshotRecord], None] = lambda record: None

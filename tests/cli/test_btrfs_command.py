@@ -130,6 +130,35 @@ def test_a_subvolume_that_comes_or_goes(synced: Machine, tree: Path) -> None:
     same(tree, restored(synced, tree))
 
 
+def test_another_subvolume_in_the_same_place(synced: Machine, tree: Path) -> None:
+    """Its inodes have the numbers of those that were there, and are others."""
+    nested = tree / "docs" / "nested"
+    (nested / "below").write_bytes(os.urandom(1 << 20))
+    synced.run("sync", "vol")
+    btrfs.run("btrfs", "subvolume", "delete", nested)
+    btrfs.subvolume(nested)
+    with (nested / "below").open("wb") as file:  # a hole where the other had data
+        file.truncate(1 << 20)
+        file.seek(900_000)
+        file.write(b"end")
+    assert "took the place" in synced.run("sync", "vol").err
+    same(tree, restored(synced, tree))
+
+
+def test_equal_inode_numbers_in_two_subvolumes(synced: Machine, tree: Path) -> None:
+    """What moved in one of them is not taken for what went from the other."""
+    first, second = btrfs.subvolume(tree / "a"), btrfs.subvolume(tree / "b")
+    for place in (first, second):
+        (place / "old").write_bytes(os.urandom(1 << 20))
+        os.utime(place / "old", ns=(1, 1))
+    assert (first / "old").stat().st_ino == (second / "old").stat().st_ino
+    synced.run("sync", "vol")
+    (first / "old").unlink()
+    (second / "old").rename(second / "new")
+    assert synced.run("sync", "vol").err == ""
+    same(tree, restored(synced, tree))
+
+
 def test_what_is_no_subvolume_is_refused(machine: Machine, volume: Path, repo: str) -> None:
     (volume / "plain").mkdir()
     said = machine.fails(

@@ -18,6 +18,7 @@ _MAKING = frozenset(
     (Kind.MKFILE, Kind.MKDIR, Kind.MKNOD, Kind.MKFIFO, Kind.MKSOCK, Kind.SYMLINK, Kind.LINK)
 )
 _REMOVING = frozenset((Kind.UNLINK, Kind.RMDIR))
+_ALL: Range = (0, 1 << 63)
 _ABOUT_ALL = frozenset((Kind.SUBVOL, Kind.SNAPSHOT))
 
 
@@ -55,6 +56,7 @@ class Replay:
             return
         if kind in _MAKING:
             made = self._place(command.path, _Node(b"", None, None))
+            made.ranges = [_ALL]  # what it has no extents for is not what was there before
             if kind == Kind.LINK:
                 linked = self._find(command.other)
                 linked.touched = True

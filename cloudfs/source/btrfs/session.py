@@ -35,6 +35,7 @@ class _Held(msgspec.Struct, array_like=True):
     path: bytes
     place: bytes
     uuid: str = ""
+    parent_uuid: str = ""
     generation: int = 0
 
 
@@ -85,6 +86,7 @@ class BtrfsSource:
             found = Ready("btrfs", [held.place for held in taken if self._is_top(held)])
             found.nested = {h.path: h.place for h in taken if not self._is_top(h)}
             found.frozen_ns, found.keep = now_ns, keep
+            found.stable_inodes = len(taken) == 1  # each subvolume has numbers of its own
             try:
                 found.changes = self._changes(base, taken, snapshot, taken_ns)
             except SourceError as error:
@@ -114,7 +116,8 @@ class BtrfsSource:
                 subvolume.snapshot(os.path.join(source, path) if path else source, place)
                 taken.append(held)
                 found = subvolume.identity(place)
-                held.uuid, held.generation = found.uuid, found.generation
+                held.uuid, held.parent_uuid = found.uuid, found.parent_uuid
+                held.generation = found.generation
             if self._paths(source) != paths:
                 raise SourceError("a subvolume came, went or moved meanwhile.")
 
@@ -156,6 +159,8 @@ class BtrfsSource:
         before = {held.path: held for held in base.held}
         if before.keys() != {held.path for held in taken}:
             raise SourceError("a subvolume came, went or moved.")
+        if any(before[held.path].parent_uuid != held.parent_uuid for held in taken):
+            raise SourceError("another subvolume took the place of one.")
         for held in base.held:
             _check_untouched(held)
         found = Changelist()

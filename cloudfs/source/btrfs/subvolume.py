@@ -27,6 +27,7 @@ class Identity(NamedTuple):
     """What tells a snapshot from any other, and whether it was changed."""
 
     uuid: str
+    parent_uuid: str  # of the subvolume that it is a snapshot of
     generation: int
     read_only: bool
 
@@ -70,7 +71,12 @@ def identity(path: bytes) -> Identity:
         if colon:
             found.setdefault(name.strip(), value.strip())
     try:
-        return Identity(found["UUID"], int(found["Generation"]), "readonly" in found["Flags"])
+        return Identity(
+            found["UUID"],
+            found["Parent UUID"],
+            int(found["Generation"]),
+            "readonly" in found["Flags"],
+        )
     except (KeyError, ValueError):
         raise SourceError(f"btrfs says nothing of {os.fsdecode(path)} that can be read.") from None
 
