@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 
 from cloudfs.core.rows import ItemType
 from cloudfs.core.snapdiff import Change
@@ -17,7 +15,7 @@ from cloudfs.repo.compare import compare
 from cloudfs.repo.history import History
 from cloudfs.repo.view import SnapshotView
 from tests.engine.rig import Rig
-from tests.engine.test_machine import Tree
+from tests.engine.test_machine import Tree, hunt
 
 
 class Node:
@@ -116,29 +114,16 @@ class Compared(Tree):
             history.repository.local.close()
         finally:
             self.rig.repository.local.close()
-            shutil.rmtree(self.base)
-
-
-def hunt(examples: int, steps: int) -> None:
-    run_state_machine_as_test(
-        Compared,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-        ),
-    )
+            self.remove_all()
 
 
 def test_what_is_told_gives_the_other_snapshot() -> None:
-    hunt(25, 40)
+    hunt(25, 40, Compared)
 
 
 @pytest.mark.long
 def test_what_is_told_gives_the_other_snapshot_for_long() -> None:
-    hunt(1000, 80)
+    hunt(1000, 80, Compared)
 
 
 @pytest.fixture

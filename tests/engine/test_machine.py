@@ -171,12 +171,17 @@ class Tree(RuleBasedStateMachine):
                 assert not difference(self.rig.contents(number), model), f"snapshot {number}"
         finally:
             self.rig.repository.local.close()
-            shutil.rmtree(self.base)
+            self.remove_all()
+
+    def remove_all(self) -> None:
+        """Remove what the machine made."""
+        shutil.rmtree(self.base)
 
 
-def hunt(examples: int, steps: int) -> None:
+def hunt(examples: int, steps: int, machine: type[Tree] = Tree) -> None:
+    """Run a state machine; a failure prints what repeats it."""
     run_state_machine_as_test(
-        Tree,
+        machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
