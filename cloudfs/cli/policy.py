@@ -117,10 +117,14 @@ def _check(new: Policy) -> None:
 
 def _way(new: Policy) -> str:
     """How the changes of a policy's sources are found, and why not in a better way."""
+    from cloudfs.source.btrfs.subvolume import is_subvolume
     from cloudfs.source.choose import choose
 
-    way = choose(new.snapshot, [os.fsencode(source) for source in new.sources])
+    sources = [os.fsencode(source) for source in new.sources]
+    way = choose(new.snapshot, sources)
     if way == "scan" and new.snapshot == "auto":
+        if all(map(is_subvolume, sources)):
+            return "scan (btrfs snapshots would need root and the btrfs command)"
         return "scan (not a btrfs subvolume; see cloudfs-policy(5))"
     return "btrfs snapshots" if way == "btrfs" else way
 

@@ -128,7 +128,7 @@ class History:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        """Delete manifests that are long superseded. What fails now is done by a later commit."""
+        """Delete manifests long superseded. What fails is left: garbage that nobody reads."""
         number = self.manifest.number - KEEP_MANIFESTS
         if number > 0 and number % KEEP_MANIFESTS == 0:
             old = range(number - KEEP_MANIFESTS + 1, number + 1)
