@@ -38,5 +38,5 @@ def subvolume(path: Path) -> Path:
 
 def run(*command: str | Path) -> None:
     """Run a command that must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr!r}"

@@ -155,7 +155,7 @@ def contents_of_view(view: SnapshotView) -> dict[bytes, object]:
 def contents_of_tree(root: Path) -> dict[bytes, object]:
     """The same of a live tree, without the directory that holds snapshots of it."""
     found: dict[bytes, object] = {}
-    groups: dict[int, list[bytes]] = {}
+    groups: dict[tuple[int, int], list[bytes]] = {}
     top = os.fsencode(root)
     stack = [b""]
     while stack:
@@ -174,7 +174,7 @@ def contents_of_tree(root: Path) -> dict[bytes, object]:
             elif st.S_ISDIR(s.st_mode):
                 stack.append(path)
             if s.st_nlink > 1 and not st.S_ISDIR(s.st_mode):
-                groups.setdefault(s.st_ino, []).append(path)
+                groups.setdefault((s.st_dev, s.st_ino), []).append(path)
             attributes = {
                 os.fsencode(n): os.getxattr(full, n, follow_symlinks=False)
                 for n in os.listxattr(full, follow_symlinks=False)

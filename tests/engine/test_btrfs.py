@@ -103,6 +103,31 @@ class OnBtrfs(Tree):
         assert len(left) <= 1, "snapshots were left behind"
 
 
+class OnSeveral(OnBtrfs):
+    """The same with subvolumes within, whose inodes have equal numbers, and which come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("a", "b"):
+            btrfs.subvolume(self.rig.tree / name)
+
+    @rule(parts=PLACES)
+    def subvolume(self, parts: list[bytes]) -> None:
+        path = Path(os.fsdecode(self.path(parts)))
+        if path.parent.is_dir() and not path.exists() and not path.is_symlink():
+            btrfs.subvolume(path)
+
+    def take(self, force: bool) -> SyncResult:
+        result = self.rig.sync(force=force)
+        # A subvolume whose path has a line break cannot be told from two: the tree is scanned.
+        scanned = any("the tree itself is scanned" in note for note in self.rig.notes)
+        assert result.snapshot is None or result.snapshot.consistent != scanned
+        return result
+
+    def remove_all(self) -> None:
+        remove(self.base)
+
+
 def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let frames end everywhere, and the machine work on this file system."""
     monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
@@ -112,6 +137,17 @@ def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_snapshots_are_what_the_tree_was(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(volume, monkeypatch)
     hunt(25, 40, OnBtrfs)
+
+
+def test_several_subvolumes(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(volume, monkeypatch)
+    hunt(12, 40, OnSeveral)
+
+
+@pytest.mark.long
+def test_several_subvolumes_for_long(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(volume, monkeypatch)
+    hunt(500, 100, OnSeveral)
 
 
 @pytest.mark.long
