@@ -29,6 +29,7 @@ from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
 from cloudfs.backup.packs import PackSettings
 from cloudfs.backup.publish import Collected, Publisher
 from cloudfs.backup.rebuild import rebuild
+from cloudfs.backup.revisit import Revisit
 from cloudfs.backup.walk import QUOTA, Walk
 from cloudfs.backup.worker import SyncContext, Worker
 from cloudfs.core.assign import WorkQueue
@@ -145,7 +146,7 @@ class _Sync:
         trust = state.head.signature == self._signature
         next_lin = self._history.manifest.next_lin
         changes = self._changes(trust=trust)
-        walk = Walk(
+        walk = (Walk if changes is None else Revisit)(
             self._roots,
             state,
             self._view,
@@ -171,7 +172,7 @@ class _Sync:
         dispatcher = self._dispatcher(context, worker, walk)
         finished = False
         try:
-            if changes is not None:
+            if changes is not None and isinstance(walk, Revisit):
                 self._walk_changes(walk, queue, dispatcher, worker.scanner, changes)
             else:
                 self._walk_all(walk, queue, dispatcher, trust=trust)
@@ -254,7 +255,7 @@ class _Sync:
 
     def _walk_changes(
         self,
-        walk: Walk,
+        walk: Revisit,
         queue: WorkQueue,
         dispatcher: Dispatcher,
         scanner: Scanner,
@@ -369,7 +370,8 @@ class _Sync:
             walk.counts,
             self._signature,
             record.time_ns,
-            bool(self._collected.errors),
+            walk.unread_elsewhere,
+            sorted(walk.unread.union(lin for lin, _, _ in self._collected.absent) - {0}),
         )
 
     def _mark_unread(self) -> None:

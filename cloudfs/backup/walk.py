@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-import msgspec
 import xxhash
 
 from cloudfs.backup.rebuild import TOP
 from cloudfs.core.assign import WorkQueue, bytes_of
-from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, decode_listing
 from cloudfs.core.rows import ROOT_LIN, Entry, Meta
 from cloudfs.core.treediff import TreeDiff, Visit, fingerprint
@@ -23,7 +21,7 @@ from cloudfs.db.state import SyncState
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import StatReader
 from cloudfs.source.roots import Roots
-from cloudfs.source.scan import Scanner, ScanOutcome, ScanPart, reason
+from cloudfs.source.scan import ScanOutcome, ScanPart
 
 QUOTA = 4096
 """Entries that one step of a walk visits before it lets others have their turn."""
@@ -70,6 +68,8 @@ class Walk:
         self.counts.add(state.head.counts)
         self.items_seen = 0
         self.errors: list[tuple[bytes, str]] = []
+        self.unread: set[int] = set()  # directories in which something could not be looked at
+        self.unread_elsewhere = False  # and others too, nobody knows which
         self.changed: list[int] = []
         self.made_up: list[Meta | Entry] = []
         self._staged: list[tuple[int, DirRecord | None]] = []
@@ -114,9 +114,10 @@ class Walk:
             for found in outcome.changed:
                 self._take_first(found)
                 seen += found.counts.items + 1
-            self.errors.extend(outcome.unlisted)
+            self._take_unlisted(outcome)
             for error_lin, error_path, words in outcome.errors:
                 self.errors.append((error_path, words))
+                self.unread.add(error_lin)
                 self._stage(error_lin, DirRecord(b"", b"\x90", [], [], Counts()))
         del self._waiting[:index]
         if not self._waiting:
@@ -150,45 +151,6 @@ class Walk:
                 visits = self.diff.settle(self._state.record, self._same_directory)
         self._finish()
 
-    def run_changes(
-        self, changes: Changelist, scanner: Scanner, scan_parts: ScanParts, quota: int
-    ) -> None:
-        """Visit only what a changelist names and what is new, settle and queue as :meth:`run`."""
-        if self._roots.many:
-            self._visit_top()
-        finder = _LinFinder(self._state)
-        for change in changes.dirs:
-            lin = finder.lin(change.old_path)
-            record = self._state.record(lin) if lin is not None else None
-            if lin is None or record is None or scanner.leaves_out(change.path):
-                continue  # within something new, or left out of the backup
-            self._revisit(lin, change, record, scanner)
-        visits = self.diff.settle(self._state.record, self._same_directory)
-        while visits:
-            if not scanner.filters.excludes:
-                # What moved is as it was, but for what the changelist names. (Patterns may leave
-                # out other things in it now.)
-                visits = [visit for visit in visits if self._state.record(visit[0]) is None]
-            while visits:
-                visits = self._visit(visits, scan_parts, 1, quota)
-            visits = self.diff.settle(self._state.record, self._same_directory)
-        self._finish()
-
-    def _revisit(self, lin: int, change: DirChange, record: DirRecord, scanner: Scanner) -> None:
-        # Who has a changelist need not doubt time stamps.
-        record = msgspec.structs.replace(record, doubtful=[])
-        try:
-            scan = scanner.revisit(lin, change, record)
-        except OSError as error:
-            self.errors.append((change.path, reason(error)))
-            self._unread(lin)
-            return
-        self.errors.extend(scanner.unlisted)
-        scanner.unlisted.clear()
-        self.items_seen += len(change.names)
-        if scan is not None:
-            self.diff.take(scan, record)
-
     def _visit_top(self) -> list[Visit]:
         scan, record = self._top_scan(), self._state.record(ROOT_LIN)
         if record is not None and record.signature == scan.signature and self._trust:
@@ -210,7 +172,7 @@ class Walk:
         for outcome in scan_parts(parts):
             self.items_seen += outcome.unchanged.items
             following.extend(outcome.left)
-            self.errors.extend(outcome.unlisted)
+            self._take_unlisted(outcome)
             for lin, path, words in outcome.errors:
                 self.errors.append((path, words))
                 self._unread(lin)
@@ -237,8 +199,13 @@ class Walk:
             self._queue_changed(task)
         return visits
 
+    def _take_unlisted(self, outcome: ScanOutcome) -> None:
+        self.errors.extend(outcome.unlisted)
+        self.unread_elsewhere |= bool(outcome.unlisted)
+
     def _unread(self, lin: int) -> None:
         """A directory that could not be read: what was known of it stays, a new one is empty."""
+        self.unread.add(lin)
         if self._state.record(lin) is None:
             self._stage(lin, DirRecord(b"", b"\x90", [], [], Counts()))
             self.changed.append(lin)
@@ -302,28 +269,6 @@ class Walk:
         if self._staged:
             self._state.put_records(self._snapshot, self._staged)
             self._staged = []
-
-
-class _LinFinder:
-    """Finds the LINs of directories by their paths at the last snapshot, from the records."""
-
-    def __init__(self, state: SyncState) -> None:
-        self._state = state
-        self._below: dict[int, dict[bytes, int]] = {}
-
-    def lin(self, path: bytes) -> int | None:
-        """The LIN of a directory; None where there was none."""
-        lin = ROOT_LIN
-        for name in path.split(b"/") if path else ():
-            below = self._below.get(lin)
-            if below is None:
-                record = self._state.record(lin)
-                below = self._below[lin] = dict(record.subdirs) if record is not None else {}
-            found = below.get(name)
-            if found is None:
-                return None
-            lin = found
-        return lin
 
 
 def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes]]) -> DirScan:

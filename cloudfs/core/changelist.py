@@ -22,16 +22,26 @@ class DirChange:
     """
 
     path: bytes
-    old_path: bytes  # as it was at the last snapshot
+    old_path: bytes | None  # as it was at the last snapshot; None: it is known by its inode
     names: set[bytes] = field(default_factory=set)
     ranges: dict[bytes, list[Range]] = field(default_factory=dict)
+    whole: bool = False  # all names in it
+    inode: int = 0  # what stands at ``path`` must have this number; 0: whatever stands there
 
 
 @dataclass
 class Changelist:
-    """All directories that changed, or in which something did."""
+    """All directories that changed, or in which something did.
+
+    ``inodes`` are items of which a source knows the inode number and no name, with what of their
+    data can be others (None: all): each of their names on record is looked at. None for a source
+    that names every name of what it names. With ``reread`` the data of all named files is compared,
+    even where lstat says that nothing changed.
+    """
 
     dirs: list[DirChange] = field(default_factory=list)
+    inodes: dict[int, list[Range] | None] | None = None
+    reread: bool = False
 
     @property
     def names(self) -> int:

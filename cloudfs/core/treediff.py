@@ -124,6 +124,22 @@ class TreeDiff:
         self.next_lin += count
         return first
 
+    def unknown_links(self) -> set[int]:
+        """Inode numbers of files of several names that have appeared, of which no name was seen
+        that is on record."""
+        return {
+            item.stat.ino
+            for item in (*self._appeared_files, *self._kept_back)
+            if item.stat.nlink > 1 and (item.directory.scan.dev, item.stat.ino) not in self._links
+        }
+
+    def vanished_directories(self) -> set[int]:
+        """LINs of the directories that vanished and did not appear elsewhere up to now."""
+        vanished = {
+            item.lin for items in self._vanished.values() for item in items if item.stat.is_dir
+        }
+        return vanished - self._moved_dirs
+
     # -- the first backup ----------------------------------------------------------------------
 
     def take_new(self, scan: DirScan) -> tuple[DirTask, DirRecord, list[Visit]]:

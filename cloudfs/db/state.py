@@ -5,7 +5,9 @@
    garbage that the next one removes.
 2. ``head`` says which manifest and snapshot the records belong to. When the repository is
    elsewhere (another machine synced, or this state was lost), they are rebuilt from it.
-3. Transactions are not flushed one by one. A stamp says in which boot the environment was last
+3. Where a change source knows inodes and no names, an index says for an inode number which
+   directories on record hold a name of it. It follows the records in force.
+4. Transactions are not flushed one by one. A stamp says in which boot the environment was last
    written and whether it was closed; after the death of the machine it is thrown away whole, since
    it may be torn, and rebuilt from the repository.
 """
@@ -19,11 +21,13 @@ from pathlib import Path
 import lmdb
 import msgspec
 
-from cloudfs.core.changes import Counts, DirRecord
+from cloudfs.core.changes import Counts, DirRecord, decode_listing
 from cloudfs.db.cache import MAX_READERS, boot_id, reserve_locks
 
 MAP_BYTES = 1 << 40
 _HEAD = b"head"
+_INDEXED = b"indexed"
+_INDEXED_AT_ONCE = 200_000
 _CLEAN = "clean"
 
 
@@ -36,7 +40,8 @@ class Head(msgspec.Struct, array_like=True):
     counts: Counts = msgspec.field(default_factory=Counts)
     signature: bytes = b""  # of the policy's filters and sources
     taken_ns: int = 0  # when the snapshot was taken: numbers are given again after a rollback
-    unread: bool = False  # something could not be read: the next sync must look at it again
+    unread: bool = False  # something could not be read, nobody knows where: scan next time
+    again: list[int] = []  # LINs of directories in which something could not be read
 
 
 _head_decoder = msgspec.msgpack.Decoder(Head)
@@ -61,7 +66,7 @@ class SyncState:
         self._env = lmdb.open(
             str(directory / "records"),
             map_size=MAP_BYTES,
-            max_dbs=2,
+            max_dbs=3,
             sync=False,
             readonly=not writer,
             mode=0o600,
@@ -70,6 +75,10 @@ class SyncState:
         )
         self._dirs = self._env.open_db(b"dirs", create=writer)
         self._blocks = self._env.open_db(b"adopted", create=writer)
+        if writer:
+            self._inodes = self._env.open_db(b"inodes", dupsort=True, dupfixed=True)
+            with self._env.begin() as txn:
+                self._indexed = txn.get(_INDEXED) is not None
         self.head = self._read_head()
 
     def _read_head(self) -> Head:
@@ -103,6 +112,7 @@ class SyncState:
         """Put the records of ``head.snapshot`` in force and drop those of ``changed`` before it."""
         with self._env.begin(write=True, db=self._dirs) as txn, txn.cursor() as cursor:
             for lin in changed:
+                self._reindex(txn, lin, head.snapshot)
                 found = cursor.set_range(_key(lin, 0))
                 while found and cursor.key()[:8] == lin.to_bytes(8, "big"):
                     snapshot = int.from_bytes(cursor.key()[8:], "big")
@@ -118,6 +128,7 @@ class SyncState:
         of that sync: what it learnt changes nothing that is in the repository."""
         with self._env.begin(write=True, db=self._dirs) as txn:
             for lin in lins:
+                self._reindex(txn, lin, snapshot)
                 value = txn.pop(_key(lin, snapshot))
                 if value is not None:
                     txn.put(_key(lin, self.head.snapshot), value)
@@ -143,7 +154,10 @@ class SyncState:
         with self._env.begin(write=True) as txn:
             txn.drop(self._dirs, delete=False)
             txn.drop(self._blocks, delete=False)
+            txn.drop(self._inodes, delete=False)
+            txn.delete(_INDEXED)
             txn.delete(_HEAD)
+        self._indexed = False
         self.head = Head()
 
     def all_records(self) -> Iterator[tuple[int, DirRecord]]:
@@ -159,6 +173,54 @@ class SyncState:
                 held = lin, value
             if held and held[1]:
                 yield held[0], _record_decoder.decode(held[1])
+
+    # -- inodes ---------------------------------------------------------------------------------
+
+    def index_inodes(self) -> None:
+        """Make the index of inodes, if there is none; from then on it follows the records.
+
+        Reads all records, once.
+        """
+        if self._indexed:
+            return
+        with self._env.begin(write=True) as txn:
+            txn.drop(self._inodes, delete=False)
+        pairs: list[tuple[bytes, bytes]] = []
+        for lin, record in self.all_records():
+            value = lin.to_bytes(8, "big")
+            pairs.extend((inode, value) for inode in _inodes_of(record))
+            if len(pairs) >= _INDEXED_AT_ONCE:
+                self._add_inodes(pairs)
+                pairs = []
+        self._add_inodes(pairs)
+        with self._env.begin(write=True) as txn:
+            txn.put(_INDEXED, b"1")
+        self._indexed = True
+
+    def _add_inodes(self, pairs: list[tuple[bytes, bytes]]) -> None:
+        with self._env.begin(write=True, db=self._inodes) as txn, txn.cursor() as cursor:
+            cursor.putmulti(sorted(pairs))
+
+    def _reindex(self, txn: lmdb.Transaction, lin: int, snapshot: int) -> None:
+        """Let the index follow a record laid down as ``snapshot``, which takes force now."""
+        value = txn.get(_key(lin, snapshot), db=self._dirs)
+        if not self._indexed or value is None:
+            return
+        record = self.record(lin)  # what was in force till now: this transaction is not done
+        before = set(_inodes_of(record)) if record is not None else set()
+        after = set(_inodes_of(_record_decoder.decode(value))) if value else set()
+        for inode in before - after:
+            txn.delete(inode, lin.to_bytes(8, "big"), db=self._inodes)
+        for inode in after - before:
+            txn.put(inode, lin.to_bytes(8, "big"), db=self._inodes)
+
+    def directories_with(self, inode: int) -> list[int]:
+        """LINs of the directories on record that hold a name of this inode number."""
+        found = []
+        with self._env.begin(db=self._inodes) as txn, txn.cursor() as cursor:
+            if cursor.set_key(inode.to_bytes(8, "big")):
+                found = [int.from_bytes(value, "big") for value in cursor.iternext_dup()]
+        return found
 
     # -- blocks of syncs that did not end -----------------------------------------------------
 
@@ -189,6 +251,10 @@ class SyncState:
             self._env.sync(True)
             self._stamp.write_text(_CLEAN)
         self._env.close()
+
+
+def _inodes_of(record: DirRecord) -> list[bytes]:
+    return [stat.ino.to_bytes(8, "big") for stat in decode_listing(record.listing)]
 
 
 def _key(lin: int, snapshot: int) -> bytes:

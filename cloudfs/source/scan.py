@@ -14,6 +14,7 @@ so any process can run any part of a scan.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st
 import time
@@ -124,12 +125,17 @@ class Scanner:
         outcome.unlisted, self.unlisted = self.unlisted, []
         return outcome
 
-    def visit(self, lin: int, path: bytes, record: DirRecord | None) -> DirScan | None:
-        """Read one directory; None when it is as in ``record``. Raises OSError."""
+    def visit(
+        self, lin: int, path: bytes, record: DirRecord | None, inode: int = 0
+    ) -> DirScan | None:
+        """Read one directory; None when it is as in ``record``.
+
+        Raises OSError, also where it is not the one with this inode number (0: any is right).
+        """
         root_fd, below = self.roots.fd_of(path)
         fd = open_directory(root_fd, below)
         try:
-            dev = os.fstat(fd).st_dev
+            dev = check_inode(fd, inode)
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
@@ -168,18 +174,22 @@ class Scanner:
                 entries.append(known[name])
         entries.sort()
 
-    def revisit(self, lin: int, change: DirChange, record: DirRecord) -> DirScan | None:
+    def revisit(
+        self, lin: int, change: DirChange, record: DirRecord, *, reread: bool = False
+    ) -> DirScan | None:
         """Look at the names that changed in a directory, and take the others from its record.
 
-        None where nothing is as it was not. Raises OSError.
+        None where nothing is as it was not. With ``reread`` every byte of the files named may be
+        another. Raises OSError.
         """
-        if self.filters.exclude_if_present or self.filters.exclude_caches:
-            return self.visit(lin, change.path, record)  # one name may decide about all others
+        one_decides = self.filters.exclude_if_present or self.filters.exclude_caches
+        if change.whole or one_decides:
+            return self.visit(lin, change.path, record, change.inode)
         root_fd, below = self.roots.fd_of(change.path)
         nested = self.roots.nested_in(change.path)
         fd = open_directory(root_fd, below)
         try:
-            dev = os.fstat(fd).st_dev
+            dev = check_inode(fd, change.inode)
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []
@@ -208,6 +218,8 @@ class Scanner:
         if record.signature == signature:
             return None
         found = _describe(lin, change.path, dev, entries, listing, signature, now_ns)
+        if reread:
+            return found
         for index, entry in enumerate(entries):
             # A file of several names may have been changed under another one.
             if entry[0] in change.names and st.S_ISREG(entry[1]) and entry[3] == 1:
@@ -316,6 +328,15 @@ def _describe(
     if doubtful:
         signature = b""
     return DirScan(lin, path, dev, signature, listing, subdirs, links, doubtful, counts)
+
+
+def check_inode(fd: int, inode: int) -> int:
+    """The device of an open directory; raises FileNotFoundError where it is not the one with this
+    inode number (0: any is right)."""
+    status = os.fstat(fd)
+    if inode not in (0, status.st_ino):
+        raise FileNotFoundError(errno.ENOENT, "is gone")
+    return status.st_dev
 
 
 def is_fresh(ctime_ns: int, now_ns: int) -> bool:

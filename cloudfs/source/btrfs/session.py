@@ -169,7 +169,7 @@ class BtrfsSource:
             found.dirs.extend(
                 DirChange(
                     _join(new.path, change.path),
-                    _join(new.path, change.old_path),
+                    _join(new.path, change.old_path or b""),
                     change.names,
                     change.ranges,
                 )

@@ -1,0 +1,160 @@
+"""Walking by a changelist: only what a change source names is looked at.
+
+1. Each directory that the changelist names is found on record, by its path at the last snapshot or
+   by its inode, and the names in it are looked at again. One that is not on record is new: its name
+   in the directory above has changed too, and it is visited whole from there.
+2. What appeared and vanished is settled as after any walk; what moved is as it was, but for what
+   the changelist names.
+3. Where a source knows items by inode alone, their names on record are looked at, and so are the
+   other names of files with several that have appeared: without them a file that got a further name
+   would be taken for a new one, and one that lost a name for gone. Their directories may have moved
+   with one above, so they come after the settling.
+4. Directories in which something could not be read last time are visited whole.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cloudfs.backup.known import Known
+from cloudfs.backup.walk import ScanParts, Walk
+from cloudfs.core.changelist import Changelist, DirChange
+from cloudfs.core.changes import DirRecord, decode_listing
+from cloudfs.core.rows import ROOT_LIN
+from cloudfs.source.scan import Scanner, reason
+
+
+class Revisit(Walk):
+    """A walk that goes by a changelist."""
+
+    def run_changes(
+        self, changes: Changelist, scanner: Scanner, scan_parts: ScanParts, quota: int
+    ) -> None:
+        """Visit only what a changelist names and what is new, settle and queue as :meth:`run`."""
+        assert self._view is not None
+        self._scanner, self._changes = scanner, changes
+        self._known_names = Known(self._state, self._view, self._same_directory)
+        self._taken: set[int] = set()
+        self._moved: dict[int, bytes] = {}  # where directories that moved are now
+        if self._roots.many:
+            self._visit_top()
+        if changes.inodes is not None:
+            self._state.index_inodes()
+        todo = self._on_record()
+        further: dict[int, DirChange] = {}
+        for inode in changes.inodes or ():
+            self._add_names(inode, todo, further)
+        for lin in self._state.head.again:
+            _either(lin, todo, further).whole = True
+        for lin, change in todo.items():
+            self._revisit(lin, change)
+        self._settle(scan_parts, quota)
+        looked_at = set(changes.inodes or ())
+        while further or self._linked() - looked_at:
+            for inode in self._linked() - looked_at:
+                looked_at.add(inode)
+                self._add_names(inode, {}, further)
+            for lin, change in further.items():
+                self._revisit_further(lin, change)
+            further = {}
+            self._settle(scan_parts, quota)
+        self._finish()
+
+    def _linked(self) -> set[int]:
+        """Inode numbers of files that appeared and may have other names on record."""
+        return self.diff.unknown_links() if self._changes.inodes is not None else set()
+
+    def _on_record(self) -> dict[int, DirChange]:
+        """The changes in directories that are on record, by LIN."""
+        found: dict[int, DirChange] = {}
+        for change in self._changes.dirs:
+            top = not change.path or (self._roots.many and b"/" not in change.path)
+            if change.old_path is not None:
+                lin = self._known_names.by_path(change.old_path)
+            elif top:
+                lin = self._known_names.by_path(change.path)
+            else:
+                lin = self._known_names.by_inode(change.inode, change.path)
+            # What is not on record is within something new, or left out of the backup.
+            if lin is not None and not self._scanner.leaves_out(change.path):
+                found[lin] = change
+        return found
+
+    def _add_names(
+        self, inode: int, todo: dict[int, DirChange], further: dict[int, DirChange]
+    ) -> None:
+        """Let all names on record of an inode be looked at."""
+        ranges = (self._changes.inodes or {}).get(inode)
+        for lin, name in self._known_names.names(inode):
+            change = _either(lin, todo, further)
+            change.names.add(name)
+            if ranges is not None:
+                change.ranges.setdefault(name, []).extend(ranges)
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def _revisit(self, lin: int, change: DirChange) -> None:
+        record = self._state.record(lin)
+        if record is None or lin in self._taken:
+            return
+        self._taken.add(lin)
+        record = self._doubting(record, change)
+        scanner = self._scanner
+        try:
+            scan = scanner.revisit(lin, change, record, reread=self._changes.reread)
+        except OSError as error:
+            self.errors.append((change.path, reason(error)))
+            self._unread(lin)
+            return
+        if scanner.unlisted:
+            self.errors.extend(scanner.unlisted)
+            scanner.unlisted.clear()
+            self.unread.add(lin)
+        self.items_seen += len(change.names)
+        if scan is not None:
+            self.diff.take(scan, record)
+
+    def _doubting(self, record: DirRecord, change: DirChange) -> DirRecord:
+        """The record as it is to be compared with: whose data is to be read, whatever lstat says.
+
+        Who has a changelist need not doubt time stamps.
+        """
+        doubtful = record.doubtful if change.whole else []
+        if not self._changes.reread:
+            return msgspec.structs.replace(record, doubtful=doubtful)
+        stats = enumerate(decode_listing(record.listing))
+        named = [index for index, stat in stats if stat.is_file and stat.name in change.names]
+        doubtful = sorted({*doubtful, *named})
+        return msgspec.structs.replace(record, doubtful=doubtful, signature=b"")
+
+    def _revisit_further(self, lin: int, change: DirChange) -> None:
+        """Look at names in a directory that the changelist does not name itself."""
+        if (lin == ROOT_LIN and self._roots.many) or lin in self._taken:
+            return
+        path = self._known_names.path(lin, self._moved)
+        if path is None or self._scanner.leaves_out(path):
+            return  # not in the last snapshot: what is above it is looked at whole
+        if not path or self._same_directory(lin, path):
+            change.path = path
+            self._revisit(lin, change)
+        elif lin not in self.diff.vanished_directories():
+            self.errors.append((path, "could not be opened"))
+            self._unread(lin)
+
+    def _settle(self, scan_parts: ScanParts, quota: int) -> None:
+        """Judge what appeared, and visit what is new, until nothing is left to visit."""
+        visits = self.diff.settle(self._state.record, self._same_directory)
+        while visits:
+            known = [visit for visit in visits if self._state.record(visit[0]) is not None]
+            self._moved.update(known)
+            if not self._scanner.filters.excludes:
+                # What moved is as it was. (Patterns may leave out other things in it now.)
+                visits = [visit for visit in visits if visit not in known]
+            while visits:
+                visits = self._visit(visits, scan_parts, 1, quota)
+            visits = self.diff.settle(self._state.record, self._same_directory)
+
+
+def _either(lin: int, todo: dict[int, DirChange], further: dict[int, DirChange]) -> DirChange:
+    """The change of a directory, wherever it is; a new one goes to ``further``."""
+    return todo.get(lin) or further.setdefault(lin, DirChange(b"", None))

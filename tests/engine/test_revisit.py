@@ -1,0 +1,212 @@
+"""Syncs by a changelist, with a source that says what the test tells it to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cloudfs.backup import sync as engine
+from cloudfs.core.changelist import Changelist, DirChange
+from cloudfs.source.ready import Ready
+from cloudfs.source.scan import Scanner
+from tests.engine.rig import Rig, contents_of_tree, difference
+
+Tell = Callable[[Changelist], None]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    yield made
+    made.repository.local.close()
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
+    """Sets what the source says at each of the following syncs."""
+    import contextlib
+
+    said = Changelist()
+
+    def ready(job: engine.SyncJob, *_: object) -> contextlib.AbstractContextManager[Ready]:
+        return contextlib.nullcontext(Ready("told", job.settings.sources, changes=said))
+
+    monkeypatch.setattr(engine, "_ready", ready)
+
+    def setting(changes: Changelist) -> None:
+        said.dirs, said.inodes, said.reread = changes.dirs, changes.inodes, changes.reread
+
+    return setting
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The directories that were listed whole, by path."""
+    found: list[bytes] = []
+    real = Scanner.visit
+
+    def visiting(self: Scanner, lin: int, path: bytes, *rest: object) -> object:
+        found.append(path)
+        return real(self, lin, path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Scanner, "visit", visiting)
+    return found
+
+
+def check(rig: Rig) -> None:
+    last = rig.history().snapshots[-1].number
+    assert not difference(rig.contents(last), contents_of_tree(rig.tree))
+
+
+def test_what_could_not_be_read_is_read_next_time_and_nothing_else(
+    rig: Rig, tell: Tell, listed: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("far/a", "near/b", "near/c"):
+        (rig.tree / path).parent.mkdir(exist_ok=True)
+        (rig.tree / path).write_text(path)
+    rig.sync()
+    (rig.tree / "near/b").write_text("changed")
+    (rig.tree / "near/d").write_text("new")
+    tell(Changelist([DirChange(b"near", b"near", {b"b", b"d"}), DirChange(b"", b"", {b"near"})]))
+    real_open = os.open
+
+    def refusing(path: object, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path in (b"b", b"d"):
+            raise PermissionError(13, "Permission denied")
+        return real_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing)
+        assert len(rig.sync().unreadable) == 2
+        tell(Changelist())
+        assert len(rig.sync().unreadable) == 2, "what is still unreadable must be reported again"
+    listed.clear()
+    assert not rig.sync().unreadable
+    assert listed == [b"near"]
+    assert not rig.notes
+    check(rig)
+    listed.clear()
+    assert rig.sync().snapshot is None
+    assert listed == []
+
+
+def test_a_directory_that_could_not_be_listed_is_listed_next_time(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("known", "other"):
+        (rig.tree / name).mkdir()
+        (rig.tree / name / "file").write_text(name)
+    rig.sync()
+    (rig.tree / "known/file").write_text("changed")
+    (rig.tree / "new/below").mkdir(parents=True)
+    (rig.tree / "new/below/file").write_text("new")
+    tell(Changelist([DirChange(b"known", b"known", {b"file"}), DirChange(b"", b"", {b"new"})]))
+    with monkeypatch.context() as patch:
+        real = Scanner.revisit
+        real_visit = Scanner.visit
+
+        def failing(self: Scanner, lin: int, change: DirChange, *rest: object, **more: object):
+            if change.path == b"known":
+                raise OSError(5, "Input/output error")
+            return real(self, lin, change, *rest, **more)  # type: ignore[arg-type]
+
+        def failing_visit(self: Scanner, lin: int, path: bytes, *rest: object):
+            if path == b"new/below":
+                raise OSError(5, "Input/output error")
+            return real_visit(self, lin, path, *rest)  # type: ignore[arg-type]
+
+        patch.setattr(Scanner, "revisit", failing)
+        patch.setattr(Scanner, "visit", failing_visit)
+        assert {path for path, _ in rig.sync().unreadable} == {b"known", b"new/below"}
+    os.rename(rig.tree / "new", rig.tree / "moved")
+    tell(Changelist([DirChange(b"", b"", {b"new", b"moved"})]))
+    assert not rig.sync().unreadable
+    assert not rig.notes
+    check(rig)
+
+
+def test_files_known_by_inode_alone(rig: Rig, tell: Tell) -> None:
+    """All their names are found, wherever they moved with a directory."""
+    (rig.tree / "a/b").mkdir(parents=True)
+    (rig.tree / "c").mkdir()
+    (rig.tree / "a/b/one").write_text("first")
+    os.link(rig.tree / "a/b/one", rig.tree / "c/two")
+    (rig.tree / "c/alone").write_text("alone")
+    rig.sync()
+    inode = (rig.tree / "c/two").stat().st_ino
+    with (rig.tree / "c/two").open("a") as file:
+        file.write(" and more")
+    os.rename(rig.tree / "a", rig.tree / "z")
+    moved = DirChange(b"", None, {b"a", b"z"}, inode=rig.tree.stat().st_ino)
+    tell(Changelist([moved], {inode: None}, reread=True))
+    result = rig.sync()
+    assert (result.new, result.deleted, result.moved) == (0, 0, 1)
+    check(rig)
+    # One of the names goes away; nobody names the other one.
+    os.unlink(rig.tree / "z/b/one")
+    gone = DirChange(b"z/b", None, {b"one"}, inode=(rig.tree / "z/b").stat().st_ino)
+    within = DirChange(b"z", None, {b"b"}, inode=(rig.tree / "z").stat().st_ino)
+    tell(Changelist([gone, within], {inode: None}, reread=True))
+    assert rig.sync().deleted == 0
+    check(rig)
+    # It gets another one, in a new directory.
+    (rig.tree / "new").mkdir()
+    os.link(rig.tree / "c/two", rig.tree / "new/three")
+    tell(Changelist([DirChange(b"", None, {b"new"}, inode=rig.tree.stat().st_ino)], {}))
+    rig.sync()
+    check(rig)
+
+
+def test_data_that_changed_behind_the_same_times(rig: Rig, tell: Tell) -> None:
+    """Where a source says so, data is compared though lstat says that nothing changed."""
+    for name in ("told", "untold"):
+        (rig.tree / name).write_bytes(b"before")
+    rig.sync()
+    state = contents_of_tree(rig.tree)
+    import cloudfs.source.scan as scanning
+
+    real = scanning._raw
+
+    def unmoved(name: bytes, status: os.stat_result, dev: int) -> scanning.RawEntry:
+        found = real(name, status, dev)
+        return found if name not in (b"told", b"untold") else known[name]
+
+    known = {
+        name: real(name, os.lstat(os.fsencode(rig.tree) + b"/" + name), rig.tree.stat().st_dev)
+        for name in (b"told", b"untold")
+    }
+    for name in ("told", "untold"):
+        times = os.stat(rig.tree / name)
+        (rig.tree / name).write_bytes(b"after!")
+        os.utime(rig.tree / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    tell(Changelist([DirChange(b"", None, {b"told"}, inode=rig.tree.stat().st_ino)], {}, True))
+    scanning._raw = unmoved
+    try:
+        rig.sync()
+    finally:
+        scanning._raw = real
+    found = rig.contents(2)
+    assert found[b"/told"][-1] == b"after!"  # type: ignore[index]
+    assert found[b"/untold"] == state[b"/untold"]
+
+
+def test_another_directory_in_the_place_of_one(rig: Rig, tell: Tell) -> None:
+    """A directory that is swapped for another while a sync looks there is not taken for it."""
+    for name in ("x", "y"):
+        (rig.tree / name).mkdir()
+        (rig.tree / name / "file").write_text(name)
+    rig.sync()
+    inode = (rig.tree / "x").stat().st_ino
+    os.rename(rig.tree / "x", rig.tree / "aside")
+    os.rename(rig.tree / "y", rig.tree / "x")
+    (rig.tree / "aside/file").write_text("x changed")
+    top = rig.tree.stat().st_ino
+    # The source said where it was before the renames, of which it does not know yet.
+    tell(Changelist([DirChange(b"x", b"x", {b"file"}, inode=inode)], {}))
+    assert rig.sync().unreadable == [(b"x", "is gone")]
+    tell(Changelist([DirChange(b"", None, {b"x", b"y", b"aside"}, inode=top)], {}))
+    assert not rig.sync().unreadable
+    check(rig)
