@@ -1,12 +1,22 @@
-"""Fixtures for all tests: the servers, each started once for a test process, when first used."""
+"""Fixtures for all tests: a btrfs; the servers, each started once for a test process, when first
+used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import servers
+from tests.engine import btrfs
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A btrfs of its own."""
+    with btrfs.volume() as place:
+        yield place
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +17,6 @@ from tests.engine import btrfs
 from tests.fuse.compare import assert_same
 
 HOLDING = ".cloudfs-snapshots"
-
-
-@pytest.fixture
-def volume() -> Iterator[Path]:
-    """A btrfs of its own."""
-    base = Path(tempfile.mkdtemp(prefix="cloudfs-btrfs-", dir="/dev/shm"))
-    with btrfs.file_system(base) as place:
-        yield place
-    shutil.rmtree(base)
 
 
 @pytest.fixture

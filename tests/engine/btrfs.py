@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def file_system(base: Path, size: int = SIZE) -> Iterator[Path]:
     finally:
         run("umount", "-l", place)
         image.unlink()
+
+
+@contextlib.contextmanager
+def volume(size: int = SIZE) -> Iterator[Path]:
+    """The same, in memory."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-btrfs-", dir="/dev/shm"))
+    with file_system(base, size) as place:
+        yield place
+    shutil.rmtree(base)
 
 
 def subvolume(path: Path) -> Path:

@@ -1,9 +1,9 @@
-"""The stream of ``btrfs send --no-data``: a header, then commands of attributes.
+"""The stream that the kernel sends without data: a header, then commands of attributes.
 
 The format is that of the kernel's fs/btrfs/send.h, versions 1 to 3: little-endian; a command is
 its length, number and checksum, then attributes of type, length and value. Only what tells of
-names and of changed bytes is decoded. The stream comes from the kernel through a pipe, so its
-checksums are not verified; that it is whole, is: it must end with the command that says so.
+names and of changed bytes is decoded. The stream comes from the kernel itself, so its checksums
+are not verified; that it is whole, is: it must end with the command that says so.
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""The kernel's calls for btrfs: laid out as its header says, and doing what the command does."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from cloudfs.source.btrfs import ioctl, subvolume
+from tests.engine import btrfs
+
+HEADER = """
+#include <linux/btrfs.h>
+#include <linux/btrfs_tree.h>
+#include <stddef.h>
+#include <stdio.h>
+#define SHOW(what) printf("%s %llu\\n", #what, (unsigned long long)(what))
+#define AT(type, field) printf("%s.%s %zu\\n", #type, #field, offsetof(struct type, field))
+int main(void) {
+    SHOW(BTRFS_IOC_SNAP_DESTROY); SHOW(BTRFS_IOC_SNAP_CREATE_V2); SHOW(BTRFS_IOC_SEND);
+    SHOW(BTRFS_IOC_GET_SUBVOL_INFO); SHOW(BTRFS_IOC_GET_SUBVOL_ROOTREF);
+    SHOW(BTRFS_IOC_INO_LOOKUP_USER); SHOW(BTRFS_SUBVOL_RDONLY); SHOW(BTRFS_ROOT_SUBVOL_RDONLY);
+    SHOW(BTRFS_SEND_FLAG_NO_FILE_DATA);
+    AT(btrfs_ioctl_vol_args, name);
+    AT(btrfs_ioctl_vol_args_v2, flags); AT(btrfs_ioctl_vol_args_v2, name);
+    AT(btrfs_ioctl_get_subvol_info_args, generation); AT(btrfs_ioctl_get_subvol_info_args, flags);
+    AT(btrfs_ioctl_get_subvol_info_args, uuid); AT(btrfs_ioctl_get_subvol_info_args, parent_uuid);
+    AT(btrfs_ioctl_get_subvol_rootref_args, rootref);
+    AT(btrfs_ioctl_get_subvol_rootref_args, num_items);
+    AT(btrfs_ioctl_ino_lookup_user_args, treeid); AT(btrfs_ioctl_ino_lookup_user_args, name);
+    AT(btrfs_ioctl_ino_lookup_user_args, path);
+    AT(btrfs_ioctl_send_args, parent_root); AT(btrfs_ioctl_send_args, flags);
+    return 0;
+}
+"""
+
+FIELDS = {
+    "vol_args": (ioctl.VOL_ARGS, {"name": 1}),
+    "vol_args_v2": (ioctl.VOL_ARGS_V2, {"flags": 2, "name": 3}),
+    "get_subvol_info_args": (
+        ioctl.SUBVOL_INFO_ARGS,
+        {"generation": 4, "flags": 5, "uuid": 6, "parent_uuid": 7},
+    ),
+    "get_subvol_rootref_args": (ioctl.ROOTREF_ARGS, {"rootref": 1, "num_items": 2}),
+    "ino_lookup_user_args": (ioctl.INO_LOOKUP_USER_ARGS, {"treeid": 1, "name": 2, "path": 3}),
+    "send_args": (ioctl.SEND_ARGS, {"parent_root": 3, "flags": 4}),
+}
+"""Structures, and which field of ours is which of theirs."""
+
+
+def offset(layout: str, index: int) -> int:
+    """Where a field of a layout begins: the size of all before it."""
+    fields = re.findall(r"(\d*)([a-zA-Z])", layout)
+    sizes, before = [], 0
+    for count, kind in fields:
+        repeat = int(count or 1)
+        single = {"Q": 8, "q": 8, "I": 4, "B": 1, "s": 1, "x": 1}[kind]
+        if kind in "sx":
+            if kind == "s":
+                sizes.append(before)
+            before += repeat
+        else:
+            for _ in range(repeat):
+                sizes.append(before)
+                before += single
+    return sizes[index]
+
+
+def test_numbers_and_layouts_are_those_of_the_header(tmp_path: Path) -> None:
+    (tmp_path / "show.c").write_text(HEADER)
+    subprocess.run(["gcc", "-o", tmp_path / "show", tmp_path / "show.c"], check=True)
+    shown = subprocess.run([tmp_path / "show"], check=True, capture_output=True, text=True).stdout
+    header = {name: int(value) for name, value in map(str.split, shown.splitlines())}
+    ours = {
+        f"btrfs_ioctl_{struct}.{field}": offset(layout.format, index)
+        for struct, (layout, fields) in FIELDS.items()
+        for field, index in fields.items()
+    } | {
+        "BTRFS_IOC_SNAP_DESTROY": ioctl.SNAP_DESTROY,
+        "BTRFS_IOC_SNAP_CREATE_V2": ioctl.SNAP_CREATE_V2,
+        "BTRFS_IOC_SEND": ioctl.SEND,
+        "BTRFS_IOC_GET_SUBVOL_INFO": ioctl.GET_SUBVOL_INFO,
+        "BTRFS_IOC_GET_SUBVOL_ROOTREF": ioctl.GET_SUBVOL_ROOTREF,
+        "BTRFS_IOC_INO_LOOKUP_USER": ioctl.INO_LOOKUP_USER,
+        "BTRFS_SUBVOL_RDONLY": ioctl.SUBVOL_RDONLY,
+        "BTRFS_ROOT_SUBVOL_RDONLY": ioctl.ROOT_SUBVOL_RDONLY,
+        "BTRFS_SEND_FLAG_NO_FILE_DATA": ioctl.SEND_FLAG_NO_FILE_DATA,
+    }
+    assert ours == header  # the numbers hold the sizes
+
+
+def shown_by_the_command(path: Path) -> dict[str, str]:
+    done = subprocess.run(
+        ["btrfs", "subvolume", "show", path], check=True, capture_output=True, text=True
+    )
+    found = {}
+    for line in done.stdout.splitlines():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return found
+
+
+def test_a_snapshot_is_what_the_command_says_it_is(volume: Path) -> None:
+    tree, place = btrfs.subvolume(volume / "tree"), volume / "snapshot"
+    (tree / "file").write_text("x")
+    ioctl.snapshot(os.fsencode(tree), os.fsencode(place))
+    for path, read_only in ((tree, False), (place, True)):
+        found, shown = ioctl.info(os.fsencode(path)), shown_by_the_command(path)
+        assert str(found.number) == shown["Subvolume ID"]
+        assert str(found.generation) == shown["Generation"]
+        assert found.uuid == shown["UUID"].replace("-", "")
+        assert found.read_only == read_only == (shown["Flags"] == "readonly")
+    assert ioctl.info(os.fsencode(place)).parent_uuid == ioctl.info(os.fsencode(tree)).uuid
+    assert (place / "file").read_text() == "x"
+    ioctl.delete(os.fsencode(place))
+    assert not place.exists()
+    assert subvolume.is_subvolume(os.fsencode(tree))
+    assert not subvolume.is_subvolume(os.fsencode(place))
+    assert not subvolume.is_subvolume(b"/proc")
+
+
+def test_subvolumes_are_listed_whatever_they_are_called(volume: Path) -> None:
+    """Line breaks, bytes that are no text, more than one answer holds, others inside."""
+    tree = btrfs.subvolume(volume / "tree")
+    (tree / "a\nb" / "c ").mkdir(parents=True)
+    names = [b"a\nb/c /path x", b"\xff\xfe", b"long" * 60, b"within", b"within/it", b"within/it/2"]
+    names += [b"%d" % number for number in range(300)]
+    for name in names:
+        btrfs.subvolume(tree / os.fsdecode(name))
+    btrfs.subvolume(volume / "beside")
+    found = subvolume.below(os.fsencode(tree))
+    assert sorted(found) == sorted(names)
+    assert found.index(b"within") < found.index(b"within/it") < found.index(b"within/it/2")
