@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
@@ -48,6 +49,11 @@ class OnBtrfs(Tree):
         tree = btrfs.subvolume(self.base / "tree")
         self.rig = Rig(self.base, [tree], max_pack_bytes=5000, source="btrfs")
         self.models = {}
+        self.sync(True)  # so that there is something to count from in every sequence
+
+    @rule(force=hs.booleans())
+    def sync_more_often(self, force: bool) -> None:
+        self.sync(force)
 
     @rule(a=PLACES, b=PLACES)
     def clone(self, a: list[bytes], b: list[bytes]) -> None:
@@ -101,6 +107,7 @@ class OnSeveral(OnBtrfs):
         super().__init__()
         for name in ("a", "b"):
             btrfs.subvolume(self.rig.tree / name)
+        self.sync(True)
 
     @rule(parts=PLACES)
     def subvolume(self, parts: list[bytes]) -> None:
@@ -123,9 +130,13 @@ def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnBtrfs, "volume", volume, raising=False)
 
 
-def test_snapshots_are_what_the_tree_was(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("_share", range(2))
+def test_snapshots_are_what_the_tree_was(
+    volume: Path, monkeypatch: pytest.MonkeyPatch, _share: int
+) -> None:
+    """In shares that several processes can run at once; each finds sequences of its own."""
     prepare(volume, monkeypatch)
-    hunt(25, 40, OnBtrfs)
+    hunt(50, 40, OnBtrfs)
 
 
 def test_several_subvolumes(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +145,18 @@ def test_several_subvolumes(volume: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.long
-def test_several_subvolumes_for_long(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("_share", range(2))
+def test_several_subvolumes_for_long(
+    volume: Path, monkeypatch: pytest.MonkeyPatch, _share: int
+) -> None:
     prepare(volume, monkeypatch)
-    hunt(500, 100, OnSeveral)
+    hunt(250, 100, OnSeveral)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("_share", range(8))
 def test_snapshots_are_what_the_tree_was_for_long(
-    volume: Path, monkeypatch: pytest.MonkeyPatch
+    volume: Path, monkeypatch: pytest.MonkeyPatch, _share: int
 ) -> None:
     prepare(volume, monkeypatch)
-    hunt(2000, 100, OnBtrfs)
+    hunt(250, 100, OnBtrfs)
