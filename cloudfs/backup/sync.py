@@ -96,6 +96,12 @@ def _ready(
             settings.sources, job.record.id, directory / "btrfs", settings.filters.leaves_out
         )
         return btrfs.ready(state.head.snapshot, state.head.taken_ns)
+    if chosen == "watch":
+        from cloudfs.source.watch.session import WatchSource
+
+        directory = job.repository.local.watch_dir(settings.name)
+        watch = WatchSource(settings.sources, directory, settings.filters.leaves_out)
+        return watch.ready(settings.name, state.head.snapshot, state.head.taken_ns)
     return contextlib.nullcontext(scanned(settings.sources))
 
 

@@ -46,6 +46,10 @@ class LocalState:
         """Where the state of syncs of one policy lies (see :mod:`cloudfs.db.state`)."""
         return self.state_dir / "policies" / f"{repository_id[:16]}-{policy_id[:16]}"
 
+    def watch_dir(self, name: str) -> Path:
+        """Where the watch daemon of the policy of this name on this machine has its place."""
+        return self.state_dir / "watch" / name
+
     def is_new(self, policy_id: str) -> bool:
         """Whether this machine never synced a policy, to any repository."""
         return not any((self.state_dir / "policies").glob(f"*-{policy_id[:16]}"))

@@ -25,6 +25,8 @@ class Ready:
     frozen_ns: int | None = None
     stable_inodes: bool = False  # an inode number is never given twice, in all of the tree
     notes: list[str] = field(default_factory=list)
+    # What changed since the source looked, where the tree did not stand still; None: not known.
+    changed_since: Callable[[], Changelist | None] = lambda: None
     # Called after the commit, with the snapshot that holds the tree as it is here.
     keep: Callable[[SnapshotRecord], None] = lambda record: None
 

@@ -1,0 +1,130 @@
+"""From file handles to the directories of the tree as they are now."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from cloudfs.core.changelist import Changelist, DirChange
+from cloudfs.core.errors import SourceError
+from cloudfs.db.watched import Place
+from cloudfs.source.inode import open_directory
+from cloudfs.source.watch.fanotify import open_handle
+from cloudfs.source.watch.places import Place as Part
+
+TRIES = 5
+
+
+class _Found(NamedTuple):
+    below: bytes  # its path below the place
+    inode: int
+    inode_above: int  # of the directory that it is in
+
+
+class Resolver:
+    """Finds where the directories behind handles are, and collects what changed in each."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        """``parts`` are the places that make the tree. Raises SourceError."""
+        self._parts = parts
+        self._fds: list[int] = []
+        self._dirs: dict[bytes, DirChange] = {}
+        self._inodes: set[int] = set()
+        try:
+            for part in parts:
+                self._fds.append(os.open(part.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except OSError as error:
+            self.close()
+            raise SourceError(f"{os.fsdecode(part.path)}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Close the places."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+    def directory(self, place: Place, names: set[bytes]) -> None:
+        """Names in a directory changed; b"." is the directory itself. Raises SourceError."""
+        fsid, handle = place
+        for fd, part in zip(self._fds, self._parts, strict=True):
+            if part.fsid == fsid:
+                found = self._find(fd, part, handle)
+                if found is not None:
+                    self._add(part, found, names)
+
+    def _find(self, top: int, part: Part, handle: bytes) -> _Found | None:
+        """Where the directory behind a handle is; None where it is gone or elsewhere."""
+        fd = open_handle(top, handle)
+        if fd is None:
+            return None
+        try:
+            for _ in range(TRIES):  # it may be moved between any two of these steps
+                here = os.fstat(fd)
+                below = _below(part.path, fd)
+                if below is None or here.st_nlink == 0:
+                    return None
+                there = _identity(top, below)
+                if there == (here.st_dev, here.st_ino):
+                    return _Found(below, here.st_ino, os.stat(b"..", dir_fd=fd).st_ino)
+                if there is not None and there[0] != here.st_dev:
+                    return None  # something is mounted over it, or above it
+        except OSError as error:
+            raise SourceError(
+                f"{os.fsdecode(part.path)}: {(error.strerror or '').lower()}"
+            ) from None
+        finally:
+            os.close(fd)
+        raise SourceError(f"{os.fsdecode(part.path)} changes too fast to follow")
+
+    def _add(self, part: Part, found: _Found, names: set[bytes]) -> None:
+        """Note the names, and the directory's own name, for its times change with them."""
+        path = b"/".join(filter(None, (part.below, found.below)))
+        named = names - {b"."}
+        if named:
+            self._change(path, found.inode).names.update(named)
+        if found.below or not part.is_source:
+            above, _, own = path.rpartition(b"/")
+            self._change(above, found.inode_above).names.add(own)
+
+    def _change(self, path: bytes, inode: int) -> DirChange:
+        return self._dirs.setdefault(path, DirChange(path, None, inode=inode))
+
+    def item(self, place: Place) -> None:
+        """A file of which no name is known changed. Raises SourceError."""
+        fsid, handle = place
+        for fd, part in zip(self._fds, self._parts, strict=True):
+            if part.fsid == fsid:
+                opened = open_handle(fd, handle)
+                if opened is not None:
+                    self._inodes.add(os.fstat(opened).st_ino)
+                    os.close(opened)
+
+    def changelist(self) -> Changelist:
+        """All that was collected."""
+        return Changelist(
+            sorted(self._dirs.values(), key=lambda change: change.path),
+            dict.fromkeys(self._inodes),
+            reread=True,
+        )
+
+
+def _below(top: bytes, fd: int) -> bytes | None:
+    """The path of an open directory below another, as the kernel tells; None where it is not."""
+    path = os.readlink(b"/proc/self/fd/%d" % fd)
+    if path == top:
+        return b""
+    prefix = top.rstrip(b"/") + b"/"
+    return path[len(prefix) :] if path.startswith(prefix) else None
+
+
+def _identity(top: int, below: bytes) -> tuple[int, int] | None:
+    """Device and inode number of the directory that is at a path; None where there is none."""
+    try:
+        fd = open_directory(top, below)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        return status.st_dev, status.st_ino
+    finally:
+        os.close(fd)

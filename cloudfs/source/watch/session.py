@@ -1,0 +1,121 @@
+"""One sync's use of a watch daemon.
+
+1. The daemon is asked to close the epoch before anything is looked at: what changes from then on is
+   in the next one. Files that are written to in ways of which it hears nothing are found first.
+2. If the daemon heard everything since the snapshot that the local state is at, what it heard is
+   made a changelist: the directories behind the handles are found where they are now. In all other
+   cases the tree is scanned, and the reason said.
+3. After the commit the daemon is told, and forgets the epoch. A sync that fails tells it nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cloudfs.core.changelist import Changelist
+from cloudfs.core.errors import SourceError
+from cloudfs.core.manifest import SnapshotRecord
+from cloudfs.db.watched import WatchedSet
+from cloudfs.source.ready import Ready
+from cloudfs.source.watch import client
+from cloudfs.source.watch.places import LeavesOut, Places, places_of
+from cloudfs.source.watch.protocol import EVENTS, Answer, Base, Question
+from cloudfs.source.watch.resolve import Resolver
+from cloudfs.source.watch.unseen import Inode, being_written
+
+
+class WatchSource:
+    """The watch side of the syncs of one policy on this machine."""
+
+    def __init__(self, sources: list[bytes], directory: Path, leaves_out: LeavesOut) -> None:
+        """``directory`` is the daemon's; ``leaves_out`` the policy's, for other file systems."""
+        self._sources = sources
+        self._directory = directory
+        self._leaves_out = leaves_out
+
+    @contextlib.contextmanager
+    def ready(self, name: str, snapshot: int, taken_ns: int) -> Iterator[Ready]:
+        """The tree itself, and what changed since the snapshot of the repository that the local
+        state is at (0: at none): its number and time. ``name`` is the policy's."""
+        found = Ready("watch", self._sources)
+        try:
+            places = places_of(self._sources, self._leaves_out)
+            written = being_written()
+            closed = client.ask(self._directory, Question("close"))
+        except client.NoDaemon as error:
+            found.kind = "scan"
+            found.notes.append(f"the tree is scanned: {error}. Start one: cloudfs watch {name}")
+            yield found
+            return
+        reason = self._reason(closed, places, snapshot, taken_ns)
+        if not reason:
+            try:
+                found.changes = self._changes(closed, places, written)
+            except SourceError as error:
+                reason = str(error)
+        if reason:
+            found.kind = "scan"
+            if snapshot:
+                found.notes.append(f"the tree is scanned: {reason}")
+        found.keep = lambda record: self._keep(record, closed, places)
+        found.changed_since = lambda: self._since(closed, places)
+        yield found
+
+    def _reason(self, closed: Answer, places: Places, snapshot: int, taken_ns: int) -> str:
+        """Why what the daemon heard is not all; "" if it is."""
+        unwatched = [p for p in places.found if p.device not in closed.devices]
+        if unwatched:
+            shown = os.fsdecode(unwatched[0].path)
+            return f"the file system of {shown} is not watched (mounted since the daemon started?)"
+        if closed.lost:
+            return closed.lost
+        if closed.base is None:
+            return "the watch daemon has listened only since after the last snapshot"
+        if (closed.base.snapshot, closed.base.taken_ns) != (snapshot, taken_ns):
+            return f"the watch daemon has listened since another snapshot ({closed.base.snapshot})"
+        if closed.base.token != places.token:
+            return "the source, or a file system mounted within, is another one than before"
+        return ""
+
+    def _changes(self, closed: Answer, places: Places, written: set[Inode]) -> Changelist:
+        """What was heard of since the base. Raises SourceError where that cannot be told."""
+        devices = {place.device for place in places.found}
+        found = self._heard(closed.first, closed.epoch, places)
+        assert found.inodes is not None
+        found.inodes.update((inode, None) for device, inode in written if device in devices)
+        return found
+
+    def _heard(self, first: int, last: int, places: Places) -> Changelist:
+        with (
+            contextlib.closing(WatchedSet(self._directory / EVENTS, writer=False)) as heard,
+            contextlib.closing(Resolver(places.found)) as resolver,
+        ):
+            for place, names in heard.directories(first, last):
+                resolver.directory(place, names)
+            for place in heard.items(first, last):
+                resolver.item(place)
+            return resolver.changelist()
+
+    def _since(self, closed: Answer, places: Places) -> Changelist | None:
+        """What was heard of since the epoch was closed; None where that is not known."""
+        try:
+            now = client.ask(self._directory, Question("state"))
+            if now.since_ns != closed.since_ns or now.lost:
+                return None
+            found = self._heard(closed.epoch + 1, now.epoch, places)
+        except SourceError:
+            return None
+        assert found.inodes is not None
+        found.inodes.update((inode, None) for _, inode in being_written())
+        return found
+
+    def _keep(self, record: SnapshotRecord, closed: Answer, places: Places) -> None:
+        """Let the daemon count from this snapshot on."""
+        with contextlib.suppress(SourceError):  # then it is gone, and the next sync scans
+            if places_of(self._sources, self._leaves_out).token == places.token:
+                base = Base(record.number, record.time_ns, places.token)
+                question = Question("confirm", closed.epoch, base, closed.since_ns)
+                client.ask(self._directory, question)

@@ -1,0 +1,74 @@
+"""Starting and stopping the watch daemon of a policy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from cloudfs.core.errors import SourceError
+from cloudfs.source.watch import client
+from cloudfs.source.watch.daemon import Daemon, WatchJob
+from cloudfs.source.watch.places import LeavesOut, Places, places_of
+from cloudfs.source.watch.protocol import Question
+
+_SECRETS = "CLOUDFS_PASSPHRASE"
+
+
+def job_for(directory: Path, sources: list[bytes], leaves_out: LeavesOut) -> WatchJob:
+    """What the daemon of a policy is to do. Raises SourceError where the tree cannot be watched."""
+    places = places_of(sources, leaves_out)
+    _check(places)
+    first = {place.device: place.path for place in places.found}
+    return WatchJob(str(directory), list(first.values()))
+
+
+def _check(places: Places) -> None:
+    for place in places.found:
+        if place.kind == "btrfs":
+            raise SourceError(
+                f"{os.fsdecode(place.path)} is on btrfs, which tells by itself what changed. Make a"
+                " subvolume the source and use `cloudfs policy set NAME --snapshot btrfs`."
+            )
+
+
+def start(job: WatchJob) -> int:
+    """Start a daemon and return its process id when it listens. Raises SourceError."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "cloudfs.source.watch.daemon"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+        env={name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(msgspec.json.encode(job))
+    process.stdin.close()
+    said = process.stdout.readline()
+    process.stdout.close()
+    if not said:
+        process.wait()
+        raise SourceError(f"the watch daemon ended at once (exit code {process.returncode}).")
+    error: str = msgspec.json.decode(said)
+    if error:
+        process.wait()
+        raise SourceError(error)
+    return process.pid
+
+
+def serve(job: WatchJob, announce: Callable[[], None]) -> None:
+    """Be the daemon, in this process, until told to stop. Raises SourceError."""
+    daemon = Daemon(job)
+    announce()
+    daemon.run()
+
+
+def stop(directory: Path) -> int:
+    """Stop the daemon of a directory; its process id. Raises :class:`client.NoDaemon`."""
+    return client.ask(directory, Question("stop")).pid

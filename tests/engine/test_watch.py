@@ -1,0 +1,228 @@
+"""Changes heard of by a watch daemon, on real ext4 and xfs: every snapshot is what the tree was."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import random
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as hs
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from cloudfs.backup import packs
+from cloudfs.backup.job import SyncResult
+from cloudfs.source.watch import client, start
+from cloudfs.source.watch.protocol import Answer, Question
+from tests.engine import loops
+from tests.engine.rig import Rig, contents_of_tree, difference
+from tests.engine.test_machine import PLACES, SEEDS, SIZES, Tree, hunt
+
+FICLONE = 0x40049409
+RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(scope="module", params=["ext4", "xfs"])
+def volume(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system for all tests of this module."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-watch-", dir="/dev/shm"))
+    with loops.file_system(base, request.param) as place:
+        yield place
+    shutil.rmtree(base)
+
+
+class Watched(Rig):
+    """A rig whose tree a daemon watches."""
+
+    def __init__(self, base: Path, **settings: object) -> None:
+        super().__init__(base, source="watch", **settings)  # type: ignore[arg-type]
+        self.daemon = 0
+
+    @property
+    def place(self) -> Path:
+        return self.local().watch_dir("home")
+
+    def start(self, *, unlimited: bool = True) -> None:
+        """Start the daemon."""
+        import msgspec
+
+        job = start.job_for(self.place, [os.fsencode(s) for s in self.sources], lambda path: False)
+        self.daemon = start.start(msgspec.structs.replace(job, unlimited=unlimited))
+
+    def kill(self) -> None:
+        """Kill the daemon, if there is one, as the kernel would."""
+        if self.daemon:
+            os.kill(self.daemon, signal.SIGKILL)
+            os.waitpid(self.daemon, 0)
+            self.daemon = 0
+
+    def state(self) -> Answer:
+        return client.ask(self.place, Question("state"))
+
+    def check(self) -> None:
+        """The last snapshot is what the tree is."""
+        last = self.history().snapshots[-1].number
+        assert not difference(self.contents(last), contents_of_tree(self.tree))
+
+
+@pytest.fixture
+def rig(volume: Path) -> Iterator[Watched]:
+    """A watched tree."""
+    base = Path(tempfile.mkdtemp(dir=volume))
+    made = Watched(base)
+    made.start()
+    yield made
+    made.kill()
+    made.repository.local.close()
+    shutil.rmtree(base)
+
+
+class OnWatch(Tree):
+    """The state machine of the engine, with what such file systems can do, under a daemon."""
+
+    volume: Path
+    rig: Watched
+
+    def __init__(self) -> None:
+        RuleBasedStateMachine.__init__(self)
+        self.base = Path(tempfile.mkdtemp(dir=self.volume))
+        self.rig = Watched(self.base, max_pack_bytes=5000)
+        self.rig.start()
+        self.heard = False  # whether the daemon has listened since the last snapshot
+        self.models = {}
+        self.mapped: list[mmap.mmap] = []
+
+    @rule(a=PLACES, b=PLACES)
+    def clone(self, a: list[bytes], b: list[bytes]) -> None:
+        if os.path.isfile(self.path(a)) and not os.path.isdir(self.path(b)):
+            with contextlib.suppress(OSError), open(self.path(a), "rb") as source:
+                if os.path.exists(self.path(b)) and not os.path.isfile(self.path(b)):
+                    return
+                with open(self.path(b), "wb") as target:
+                    fcntl.ioctl(target, FICLONE, source.fileno())
+
+    @rule(parts=PLACES, offset=SIZES, size=SIZES)
+    def punch(self, parts: list[bytes], offset: int, size: int) -> None:
+        if os.path.isfile(self.path(parts)) and size:
+            with open(self.path(parts), "r+b") as file:
+                keep_size_and_punch = 3
+                _libc.fallocate(
+                    file.fileno(),
+                    keep_size_and_punch,
+                    ctypes.c_int64(offset),
+                    ctypes.c_int64(size),
+                )
+
+    @rule(parts=PLACES, size=SIZES, seed=SEEDS)
+    def append(self, parts: list[bytes], size: int, seed: int) -> None:
+        if os.path.isfile(self.path(parts)):
+            with open(self.path(parts), "ab") as file:
+                file.write(random.Random(seed).randbytes(min(size, 5000)))
+
+    @rule(a=PLACES, b=PLACES)
+    def exchange(self, a: list[bytes], b: list[bytes]) -> None:
+        at_cwd = -100
+        _libc.renameat2(at_cwd, self.path(a), at_cwd, self.path(b), RENAME_EXCHANGE)
+
+    @rule(parts=PLACES, seed=SEEDS, keep=hs.booleans())
+    def write_through_a_mapping(self, parts: list[bytes], seed: int, keep: bool) -> None:
+        path = self.path(parts)
+        if not os.path.isfile(path) or not os.path.getsize(path):
+            return
+        with open(path, "r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+        mapped[seed % len(mapped)] = seed % 256
+        if keep:
+            self.mapped.append(mapped)
+        else:
+            mapped.close()
+
+    @rule(seed=SEEDS)
+    def write_through_mappings_that_are_there(self, seed: int) -> None:
+        for mapped in self.mapped:
+            # What was cut off since has no pages any more, and writing there is a SIGBUS.
+            with contextlib.suppress(ValueError):
+                if mapped.size():
+                    mapped[seed % min(len(mapped), mapped.size())] = seed % 256
+
+    @rule()
+    def unmap(self) -> None:
+        while self.mapped:
+            self.mapped.pop().close()
+
+    @rule(parts=PLACES)
+    def put_times_back(self, parts: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self.path(parts), ns=(1, 1), follow_symlinks=False)
+
+    @rule(graceful=hs.booleans())
+    def restart_daemon(self, graceful: bool) -> None:
+        if graceful and self.rig.daemon:
+            start.stop(self.rig.place)
+            os.waitpid(self.rig.daemon, 0)
+            self.rig.daemon = 0
+        self.rig.kill()
+        self.rig.start()
+        self.heard = False
+
+    @rule()
+    def kill_daemon(self) -> None:
+        self.rig.kill()
+        self.heard = False
+
+    @rule()
+    def lose_local_state(self) -> None:
+        self.rig.kill()
+        self.rig.forget_local()
+        self.rig.start()
+        self.heard = False
+
+    def take(self, force: bool) -> SyncResult:
+        if not self.rig.daemon:
+            result = self.rig.sync(force=force)
+            assert any("no daemon" in note for note in self.rig.notes)
+            self.rig.start()
+            return result
+        result = self.rig.sync(force=force)
+        words = ("scanned", "made anew")
+        scanned = [note for note in self.rig.notes if any(word in note for word in words)]
+        assert not (self.heard and scanned), "what was heard of was not gone by"
+        if self.models:
+            assert self.heard or scanned
+            if result.snapshot is not None:
+                assert result.snapshot.source == ("watch" if self.heard else "scan")
+        self.heard = True
+        return result
+
+    def remove_all(self) -> None:
+        self.unmap()
+        self.rig.kill()
+        shutil.rmtree(self.base)
+
+
+def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let frames end everywhere, and the machine work on this file system."""
+    monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
+    monkeypatch.setattr(OnWatch, "volume", volume, raising=False)
+
+
+def test_snapshots_are_what_the_tree_was(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(volume, monkeypatch)
+    hunt(20, 40, OnWatch)
+
+
+@pytest.mark.long
+def test_snapshots_are_what_the_tree_was_for_long(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(volume, monkeypatch)
+    hunt(1000, 100, OnWatch)
