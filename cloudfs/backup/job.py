@@ -10,6 +10,7 @@ import msgspec
 
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.repo.repository import PolicyRecord, Repository
+from cloudfs.source.external.command import Commands
 from cloudfs.source.scan import Filters
 from cloudfs.store.count import Counts as Requests
 from cloudfs.store.open import StoreOptions
@@ -31,6 +32,7 @@ class SyncSettings(msgspec.Struct, frozen=True, kw_only=True):
     verify_packs: bool = True
     workers: int = 0
     tags: list[str] = []
+    external: Commands | None = None
 
 
 @dataclass

@@ -34,7 +34,7 @@ from cloudfs.backup.walk import QUOTA, Walk
 from cloudfs.backup.worker import SyncContext, Worker
 from cloudfs.core.assign import WorkQueue
 from cloudfs.core.changelist import Changelist
-from cloudfs.core.errors import CloudfsError
+from cloudfs.core.errors import CloudfsError, SourceError
 from cloudfs.core.manifest import SnapshotRecord, SnapshotStats
 from cloudfs.core.rows import Entry, Meta, PackRow
 from cloudfs.db.state import Head, SyncState
@@ -74,7 +74,7 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
         spool = stack.enter_context(
             contextlib.closing(PageSpool(job.repository.local.state_dir / "spool"))
         )
-        source = stack.enter_context(_ready(job, directory, state))
+        source = stack.enter_context(_ready(job, directory, state, history, events))
         places = RootPlaces(job.settings.sources, source.at, source.nested)
         roots = stack.enter_context(contextlib.closing(Roots(places)))
         running = _Sync(job, events, source, places, roots, history, state, lease, spool)
@@ -84,11 +84,13 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
 
 
 def _ready(
-    job: SyncJob, directory: Path, state: SyncState
+    job: SyncJob, directory: Path, state: SyncState, history: History, events: SyncEvents
 ) -> contextlib.AbstractContextManager[Ready]:
     """The tree as the policy's source gives it."""
     settings = job.settings
     chosen = choose(settings.source, settings.sources)
+    if chosen == "external":
+        return _external(job, directory, state, history, events)
     if chosen == "btrfs":
         from cloudfs.source.btrfs.session import BtrfsSource
 
@@ -103,6 +105,40 @@ def _ready(
         watch = WatchSource(settings.sources, directory, settings.filters.leaves_out)
         return watch.ready(settings.name, state.head.snapshot, state.head.taken_ns)
     return contextlib.nullcontext(scanned(settings.sources))
+
+
+def _external(
+    job: SyncJob, directory: Path, state: SyncState, history: History, events: SyncEvents
+) -> contextlib.AbstractContextManager[Ready]:
+    """The tree as the policy's commands give it."""
+    from cloudfs.source.external.session import ExternalSource
+
+    settings, last = job.settings, history.manifest.last_snapshot
+    if settings.external is None:
+        raise SourceError("the policy has no commands. Give it external_snapshot, at least.")
+    view = history.view(last.number) if last is not None else None
+
+    def born_ns(lin: int) -> int | None:
+        meta = view.meta(lin) if view is not None else None
+        return meta.btime_ns if meta is not None else None
+
+    external = ExternalSource(
+        settings.sources,
+        job.record.id,
+        directory / "external",
+        settings.external,
+        settings.filters,
+        events.note,
+        lambda: _check_stop(job, last.number + 1 if last is not None else 1),
+    )
+    return external.ready(state, born_ns)
+
+
+def _check_stop(job: SyncJob, snapshot: int) -> None:
+    if job.stopped():
+        raise Interrupted(
+            f"stopped. Snapshot {snapshot} was not made; what was stored is used by the next sync."
+        )
 
 
 class _Sync:
@@ -326,11 +362,7 @@ class _Sync:
         self._tell(walk)
 
     def _check_stop(self) -> None:
-        if self._job.stopped():
-            raise Interrupted(
-                f"stopped. Snapshot {self._snapshot} was not made; what was stored is used by the"
-                " next sync."
-            )
+        _check_stop(self._job, self._snapshot)
 
     def _tell(self, walk: Walk) -> None:
         collected = self._collected

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloudfs.core.errors import UsageError
 
 SECRETS = "CLOUDFS_PASSPHRASE"
 """How the names of all variables begin that hold a secret or lead to one."""
+
+_OURS = ("CLOUDFS_", "AWS_")  # what says where backups are, and opens them
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Environment:
     config_dir: Path
     state_dir: Path
     cache_dir: Path
+    for_commands: dict[str, str] = field(default_factory=dict)  # what commands of policies get
 
     def __repr__(self) -> str:
         return f"Environment(config_dir={self.config_dir})"
@@ -44,6 +47,9 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         config_dir=_directory(variables, "CLOUDFS_CONFIG_DIR", "config"),
         state_dir=_directory(variables, "CLOUDFS_STATE_DIR", "state"),
         cache_dir=_directory(variables, "CLOUDFS_CACHE_DIR", "cache"),
+        for_commands={
+            name: value for name, value in variables.items() if not name.startswith(_OURS)
+        },
     )
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from cloudfs.cli import options
 from cloudfs.cli.app import App, Place, check_name_is_free
+from cloudfs.cli.commands import check_commands
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.policies import bad_pattern
 from cloudfs.core.errors import CloudfsError, NoRepository, SourceError, UsageError
@@ -40,7 +41,11 @@ def key_options(function: F) -> F:
         (("--region",), {"metavar": "NAME"}),
         (("--profile",), {"metavar": "NAME"}),
         (("--single-writer/--no-single-writer",), {"default": None}),
-        (("--snapshot",), {"metavar": "[auto|scan]"}),
+        (("--snapshot",), {"metavar": "[auto|scan|btrfs|external]"}),
+        (("--external-snapshot",), {"metavar": "COMMAND"}),
+        (("--external-changes",), {"metavar": "COMMAND"}),
+        (("--external-release",), {"metavar": "COMMAND"}),
+        (("--external-timeout",), {"metavar": "DURATION"}),
         (("--block-size",), {"metavar": "SIZE"}),
         (("--pack-size",), {"metavar": "SIZE"}),
         (("--pack-time-limit",), {"metavar": "DURATION"}),
@@ -111,6 +116,7 @@ def _check(new: Policy) -> None:
     from cloudfs.source.choose import choose
     from cloudfs.store.open import parse_url
 
+    check_commands(new)
     choose(new.snapshot, [os.fsencode(source) for source in new.sources])
     parse_url(new.repository)
 
@@ -126,6 +132,10 @@ def _way(new: Policy) -> str:
         if all(map(is_subvolume, sources)):
             return "scan (btrfs snapshots would need root and the btrfs command)"
         return "scan (not a btrfs subvolume; see cloudfs-policy(5))"
+    if way == "watch":
+        return f"a watch daemon (start it: cloudfs watch {new.name})"
+    if way == "external":
+        return "external commands" if new.external_changes else "scan of external snapshots"
     return "btrfs snapshots" if way == "btrfs" else way
 
 
@@ -261,6 +271,8 @@ def _adopt(app: App, name: str, fields: dict[str, Any], mode: int, owner: tuple[
         file = app.policies.create(new, mode, owner)
         app.register(repository, file)
     app.output.say(f'Policy "{name}" taken over from {place.url}; see {file.path}.')
+    if new.snapshot == "external":
+        app.output.say("It has commands, which every sync runs: read them there first.")
 
 
 @policy.command("list")

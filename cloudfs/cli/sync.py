@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from cloudfs.cli import options
 from cloudfs.cli.app import App, Place
+from cloudfs.cli.commands import external_commands
 from cloudfs.cli.errors import FAILED, SOME_UNREADABLE, explain
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.progress import Progress
@@ -23,6 +25,7 @@ from cloudfs.core.policy import MAX_WORKERS, Policy
 if TYPE_CHECKING:
     from cloudfs.backup.job import SyncResult, SyncSettings
     from cloudfs.repo.repository import PolicyRecord, Repository
+    from cloudfs.source.scan import Filters
 
 SHOWN_UNREADABLE = 50
 STOP_NOTICE = "stopping; what was stored is kept. Ctrl-C again to stop at once."
@@ -111,8 +114,10 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
         Progress(name, app.output) as progress,
     ):
         record = _record(app, repository, place, dry_run=wishes.dry_run)
+        settings = settings_of(place, wishes)
+        commands = external_commands(place.file, app.environment)
         job = SyncJob(
-            settings_of(place, wishes),
+            msgspec.structs.replace(settings, external=commands),
             record,
             repository,
             socket.gethostname(),
@@ -146,7 +151,6 @@ def _record(app: App, repository: Repository, place: Place, *, dry_run: bool) ->
 def settings_of(place: Place, wishes: SyncWishes) -> SyncSettings:
     """The part of a policy that a sync needs, with what the command line says instead."""
     from cloudfs.backup.job import SyncSettings
-    from cloudfs.source.scan import Filters
 
     assert place.file is not None
     policy = place.file.policy
@@ -156,12 +160,7 @@ def settings_of(place: Place, wishes: SyncWishes) -> SyncSettings:
         url=place.url,
         options=place.options,
         source=policy.snapshot,
-        filters=Filters(
-            policy.excludes,
-            policy.exclude_caches,
-            policy.exclude_if_present,
-            policy.one_file_system,
-        ),
+        filters=filters_of(policy),
         block_size=policy.block_size,
         max_pack_bytes=policy.pack_size,
         pack_time_limit_s=policy.pack_time_limit_s,
@@ -169,6 +168,15 @@ def settings_of(place: Place, wishes: SyncWishes) -> SyncSettings:
         verify_packs=policy.verify_packs,
         workers=policy.workers if wishes.workers is None else wishes.workers,
         tags=list(dict.fromkeys((*policy.tags, *wishes.tags))),
+    )
+
+
+def filters_of(policy: Policy) -> Filters:
+    """What a policy leaves out."""
+    from cloudfs.source.scan import Filters
+
+    return Filters(
+        policy.excludes, policy.exclude_caches, policy.exclude_if_present, policy.one_file_system
     )
 
 

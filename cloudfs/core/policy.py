@@ -13,6 +13,7 @@ import difflib
 import json
 import os.path
 import re
+import shlex
 import tomllib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,9 +30,11 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64 * KIB, 256 * KIB
 DEFAULT_PACK_SIZE = 32 * MIB
 MIN_PACK_SIZE, MAX_PACK_SIZE = 4 * MIB, 256 * MIB
 DEFAULT_PACK_TIME_LIMIT_S = 300.0
+DEFAULT_EXTERNAL_TIMEOUT_S = 600.0
 MAX_WORKERS = 1024
-SOURCES = ("auto", "scan", "btrfs")
-LATER_SOURCES = ("watch", "live", "external")
+SOURCES = ("auto", "scan", "btrfs", "watch", "external")
+LATER_SOURCES = ("live",)
+_SHOWN_SOURCES = ", ".join(f'"{word}"' for word in SOURCES[:-1]) + f' or "{SOURCES[-1]}"'
 
 _NAME = re.compile(r"\w[\w.-]*")
 _MAX_NAME_BYTES = 100
@@ -49,6 +52,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = ""
     single_writer: bool = False
     snapshot: str = "auto"
+    external_snapshot: tuple[str, ...] = ()  # a command: program and arguments
+    external_changes: tuple[str, ...] = ()
+    external_release: tuple[str, ...] = ()
+    external_timeout_s: float = DEFAULT_EXTERNAL_TIMEOUT_S
     block_size: int = DEFAULT_BLOCK_SIZE
     pack_size: int = DEFAULT_PACK_SIZE
     pack_time_limit_s: float = DEFAULT_PACK_TIME_LIMIT_S
@@ -144,10 +151,24 @@ def check_url(value: object) -> str:
 def _snapshot(value: object) -> str:
     word = _text(value)
     if word in LATER_SOURCES:
-        raise ValueError(f'"{word}" is not possible yet; write "auto", "scan" or "btrfs"')
+        raise ValueError(f'"{word}" is not possible yet; write {_SHOWN_SOURCES}')
     if word not in SOURCES:
-        raise ValueError(f'"{word}" is no way to find changes; write "auto", "scan" or "btrfs"')
+        raise ValueError(f'"{word}" is no way to find changes; write {_SHOWN_SOURCES}')
     return word
+
+
+def _command(value: object) -> tuple[str, ...]:
+    """A program and its arguments: a list, or one string split as a shell would; () for none."""
+    if isinstance(value, list | tuple):
+        words = _texts(value)
+    else:
+        try:
+            words = tuple(shlex.split(_text(value)))
+        except ValueError as error:
+            raise ValueError(f"it is no command ({str(error).lower()})") from None
+    if words and not words[0]:
+        raise ValueError("the name of its program is empty")
+    return words
 
 
 def _size(value: object) -> int:
@@ -241,6 +262,18 @@ KEYS: dict[str, Key] = {
         "single_writer", _flag, _written_flag, "For a store that ignores conditional writes."
     ),
     "snapshot": Key("snapshot", _snapshot, _quoted, 'How changes are found: "auto" or "scan".'),
+    "external_snapshot": Key(
+        "external_snapshot", _command, _quoted_list, "Command that makes a snapshot of a source."
+    ),
+    "external_changes": Key(
+        "external_changes", _command, _quoted_list, "Command that tells what changed between two."
+    ),
+    "external_release": Key(
+        "external_release", _command, _quoted_list, "Command that gives a snapshot up."
+    ),
+    "external_timeout": Key(
+        "external_timeout_s", _time_limit, _written_seconds, "How long each of them may take."
+    ),
     "block_size": Key(
         "block_size", _block_size, _written_size, "64, 128 or 256 KiB, for files new from now on."
     ),
@@ -300,7 +333,11 @@ def parse_policy(text: str, filename: str) -> Policy:
     for key in REQUIRED:
         if key not in given:
             raise UsageError(f"{filename}, line 1: {key} is missing.")
-    return Policy(**values)
+    policy = Policy(**values)
+    if policy.snapshot == "external" and not policy.external_snapshot:
+        line = _line_of("snapshot", lines)
+        raise UsageError(f'{filename}, line {line}: "external" needs external_snapshot as well.')
+    return policy
 
 
 def _line_of(key: str, lines: dict[str, int]) -> int:

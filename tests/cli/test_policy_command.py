@@ -44,9 +44,16 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
     options += " --no-verify-packs --workers 2 --exclude *.o --exclude /tmp --exclude-caches"
     options += " --exclude-if-present .nobackup --one-file-system --tag a --tag b"
     options += " --upload-limit 1MB --download-limit 2MB --snapshot scan --region r --profile p"
-    options += " --single-writer --mode 0600"
+    options += " --single-writer --mode 0600 --external-timeout 1h"
     relative = os.path.relpath(tree, machine.home)
     arguments = ["--source", relative, "--repo", str(tmp_path / "r"), *options.split()]
+    arguments += [
+        "--external-snapshot",
+        "zfs 'a b'",
+        "--external-changes",
+        "c",
+        "--external-release=",
+    ]
     machine.run("policy", "create", "home", *arguments)
     (found,) = machine.run("policy", "show", "home", "--json").objects
     del found["id"], found["file"]
@@ -59,6 +66,10 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         "profile": "p",
         "single_writer": True,
         "snapshot": "scan",
+        "external_snapshot": ["zfs", "a b"],
+        "external_changes": ["c"],
+        "external_release": [],
+        "external_timeout_s": 3600.0,
         "block_size": 64 << 10,
         "pack_size": 16 << 20,
         "pack_time_limit_s": 90.0,
@@ -83,6 +94,8 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         (["home", "--block-size", "1k"], "--block-size: a power of two"),
         (["home", "--pack-size", "x"], '--pack-size: "x" is no size'),
         (["home", "--snapshot", "watch"], '--snapshot: "watch" is not possible yet'),
+        (["home", "--snapshot", "external"], "--snapshot external needs --external-snapshot"),
+        (["home", "--external-changes", "a 'b"], "--external-changes: it is no command"),
         (["home", "--compression", "lz4"], '--compression: "lz4" is no compression'),
         (["home", "--repo", "ftp://x"], '--repo: "ftp://x" is no repository'),
         (["home", "--repo", "s3://B_"], "names no bucket"),

@@ -17,6 +17,7 @@ from cloudfs.repo.history import History
 from cloudfs.repo.keys import Secret
 from cloudfs.repo.repository import Repository
 from cloudfs.repo.view import SnapshotView
+from cloudfs.source.external.command import Commands
 from cloudfs.source.roots import HOLDING
 from cloudfs.source.scan import Filters
 from cloudfs.store.open import OpenedStore, StoreOptions, open_store
@@ -54,6 +55,7 @@ class Rig:
     machine: str = "one"
     workers: int = 1
     source: str = "scan"
+    external: Commands | None = None
     notes: list[str] = field(default_factory=list)  # of the last sync
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class Rig:
             block_size=self.block_size,
             max_pack_bytes=self.max_pack_bytes,
             workers=self.workers,
+            external=self.external,
         )
 
     def sync(self, store: OpenedStore | None = None, **wishes: object) -> SyncResult:
