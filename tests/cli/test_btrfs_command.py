@@ -119,6 +119,18 @@ def test_a_subvolume_that_comes_or_goes(synced: Machine, tree: Path) -> None:
     same(tree, restored(synced, tree))
 
 
+def test_attributes_of_a_subvolume_within(synced: Machine, tree: Path) -> None:
+    """No command of the stream of the one around it tells them."""
+    (tree / "docs" / "nested").chmod(0o700)
+    (tree / "docs" / "nested" / "more").write_text("more")
+    done = synced.run("sync", "vol")
+    assert done.err == ""
+    same(tree, restored(synced, tree))
+    (tree / "docs").rename(tree / "moved")
+    assert "came, went or moved" in synced.run("sync", "vol").err
+    same(tree, restored(synced, tree))
+
+
 def test_another_subvolume_in_the_same_place(synced: Machine, tree: Path) -> None:
     """Its inodes have the numbers of those that were there, and are others."""
     nested = tree / "docs" / "nested"

@@ -8,6 +8,7 @@ was in the older snapshot knows its path there (its *origin*), wherever it is mo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 from cloudfs.core.changelist import Changelist, DirChange, Range, merged
@@ -43,11 +44,23 @@ class Replay:
     def __init__(self) -> None:
         self._root = _Node(b"", None, b"")
 
-    def run(self, commands: Iterable[Command]) -> Changelist:
-        """Carry out all commands. Raises SourceError for such as cannot be."""
+    def run(self, commands: Iterable[Command], mounted: Iterable[bytes] = ()) -> Changelist:
+        """Carry out all commands. Raises SourceError for such as cannot be.
+
+        ``mounted`` are paths at which another subvolume now is, whose own attributes no command
+        of this one tells.
+        """
         for command in commands:
             self.do(command)
+        for path in mounted:
+            self.touch(path)
         return self.changelist()
+
+    def touch(self, path: bytes) -> None:
+        """Let what now is at a path be looked at, whatever the commands said; in a directory that
+        is new, it is looked at anyway."""
+        with contextlib.suppress(SourceError):
+            self._find(path).touched = True
 
     def do(self, command: Command) -> None:
         """Carry out one command."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -165,7 +165,8 @@ class BtrfsSource:
             _check_untouched(held)
         found = Changelist()
         for new in taken:
-            below = subvolume.changes(before[new.path].place, new.place)
+            mounted = _mounted_in(new.path, before)
+            below = subvolume.changes(before[new.path].place, new.place, mounted)
             found.dirs.extend(
                 DirChange(
                     _join(new.path, change.path),
@@ -201,6 +202,24 @@ def _check_untouched(held: _Held) -> None:
         raise SourceError(f"the last snapshot {shown} is another one.")
     if now.generation != held.generation or not now.read_only:
         raise SourceError(f"the last snapshot {shown} was written to.")
+
+
+def _mounted_in(path: bytes, all_paths: Collection[bytes]) -> list[bytes]:
+    """Of subvolumes, the paths below ``path`` of those that lie in that one directly."""
+    return [
+        other.removeprefix(path + b"/" if path else b"")
+        for other in all_paths
+        if other != path and _holder(other, all_paths) == path
+    ]
+
+
+def _holder(path: bytes, all_paths: Collection[bytes]) -> bytes | None:
+    """The innermost of these subvolumes that a path lies in."""
+    while path:
+        path = path.rpartition(b"/")[0]
+        if path in all_paths:
+            return path
+    return None
 
 
 def _join(path: bytes, name: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import SourceError
@@ -64,13 +64,14 @@ def _below(path: bytes, prefix: bytes) -> Iterator[bytes]:
         yield from _below(path + b"/" + child, prefix + child + b"/")
 
 
-def changes(base: bytes, new: bytes) -> Changelist:
-    """What differs between two snapshots of one subvolume. Raises SourceError."""
+def changes(base: bytes, new: bytes, mounted: Sequence[bytes] = ()) -> Changelist:
+    """What differs between two snapshots of one subvolume, and what is ``mounted`` in it: the
+    subvolumes directly within it, by their paths. Raises SourceError."""
     with tempfile.TemporaryFile() as stream:
         with _told("compare the last snapshot with", new):
             ioctl.send(new, ioctl.info(base).number, stream)
             stream.seek(0)
-        return Replay().run(commands(stream))
+        return Replay().run(commands(stream), mounted)
 
 
 @contextlib.contextmanager
