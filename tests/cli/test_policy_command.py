@@ -93,7 +93,7 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         (["a/b"], '"a/b" cannot be a name'),
         (["home", "--block-size", "1k"], "--block-size: a power of two"),
         (["home", "--pack-size", "x"], '--pack-size: "x" is no size'),
-        (["home", "--snapshot", "watch"], '--snapshot: "watch" is not possible yet'),
+        (["home", "--snapshot", "live"], '--snapshot: "live" is not possible yet'),
         (["home", "--snapshot", "external"], "--snapshot external needs --external-snapshot"),
         (["home", "--external-changes", "a 'b"], "--external-changes: it is no command"),
         (["home", "--compression", "lz4"], '--compression: "lz4" is no compression'),
