@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "policy": ("policy:policy", "Make, show and change policies: what is backed up, and where."),
     "sync": ("sync:sync", "Take a snapshot of a policy's tree and upload what changed."),
+    "watch": ("watch:watch", "Hear what changes, so that syncs visit only that."),
     "mount": ("mount:mount", "Browse backups as ordinary directories."),
     "umount": ("mount:umount", "Stop browsing."),
     "snapshots": ("snapshots:snapshots", "List snapshots."),

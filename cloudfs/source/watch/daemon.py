@@ -46,10 +46,12 @@ _log = logging.getLogger("cloudfs.watch")
 
 
 class WatchJob(msgspec.Struct, frozen=True):
-    """What a daemon is to do. ``paths``: one on each file system that is to be watched."""
+    """What a daemon is to do. ``paths``: one on each file system that is to be watched, whose
+    ``devices`` (major << 20 | minor) stand in the same order."""
 
     directory: str
     paths: list[bytes]
+    devices: list[int]
     log_file: str = ""
     unlimited: bool = True  # the kernel's queue; tests let it overflow
 

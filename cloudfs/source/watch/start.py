@@ -24,7 +24,7 @@ def job_for(directory: Path, sources: list[bytes], leaves_out: LeavesOut) -> Wat
     places = places_of(sources, leaves_out)
     _check(places)
     first = {place.device: place.path for place in places.found}
-    return WatchJob(str(directory), list(first.values()))
+    return WatchJob(str(directory), list(first.values()), list(first))
 
 
 def _check(places: Places) -> None:
