@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat as st
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-from cloudfs.source.inode import StatReader
 
 PIECE = 4096
 
@@ -100,6 +99,8 @@ def release(base: Path, name: str, _source: str) -> None:
 
 def items_of(top: bytes) -> Items:
     """All that is below a directory."""
+    from cloudfs.source.inode import StatReader
+
     found: Items = {}
     reader = StatReader()
     stack = [b""]
@@ -238,6 +239,7 @@ class Differ:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing stays frozen
     base, command, *arguments = sys.argv[1:]
     if command == "snapshot":
         snapshot(Path(base), *arguments)

@@ -101,11 +101,8 @@ class ExternalSource:
         """Snapshots of the sources, and what changed since the snapshot of the repository that
         ``state`` is at. ``born_ns`` says when a directory in that one was made, by its LIN."""
         self._clean_up()
-        kept = False
 
         def keep(record: SnapshotRecord) -> None:
-            nonlocal kept
-            kept = True
             note = self._note
             note.snapshot, note.taken_ns = record.number, record.time_ns
             note.made_by = self._made_by()
@@ -114,9 +111,7 @@ class ExternalSource:
                 note.base = taken
             else:
                 note.others, note.base = [*note.others, *note.base], []
-            self._check_stop = _go_on  # the snapshot is made, whatever happens now
             self._write_note()
-            self._release_others()
 
         taken: list[_Held] = []
         try:
@@ -136,9 +131,8 @@ class ExternalSource:
                 found.notes.append(f"the snapshot is scanned: {error}")
             yield found
         finally:
-            if not kept:
-                self._check_stop = _go_on
-                self._release_others()
+            self._check_stop = _go_on  # whether or not there is a snapshot: this is to be done
+            self._release_others()
 
     # -- snapshots -------------------------------------------------------------------------------
 
