@@ -1,8 +1,9 @@
 """Items of a directory into rows and blocks.
 
 Everything is done by descriptor, relative to the directory. A regular file is opened, described by
-statx, read, and looked at again: if it changed meanwhile it is read again, up to TRIES times, and
-then reported. What cannot be read is reported and leaves everything else as it is.
+statx, read, and looked at again. If it changed meanwhile it is read from a reflink, which stands
+still, where the file system has them; elsewhere it is read again, up to TRIES times, and then
+reported. What cannot be read is reported and leaves everything else as it is.
 
 Most files have one block and lie there as they were listed. Such a file is read first and then
 described: what statx says is what the listing said, so it did not change meanwhile. Whatever is not
@@ -18,11 +19,11 @@ from dataclasses import dataclass, field
 
 from cloudfs.backup.data import DataReader, FileData
 from cloudfs.backup.describe import Describer
-from cloudfs.backup.packs import Packer
+from cloudfs.backup.packs import Base, Packer
 from cloudfs.core.changelist import Range
 from cloudfs.core.changes import DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
-from cloudfs.source.inode import StatReader, Status, read_flags, read_xattrs
+from cloudfs.source.inode import StatReader, Status, read_flags, read_xattrs, reflink
 from cloudfs.source.roots import Roots
 from cloudfs.source.scan import reason
 
@@ -146,6 +147,10 @@ class FileReader:
                     raise FileNotFoundError(errno.ENOENT, "is gone")
                 flags = read_flags(fd, status.dev)
                 xattrs = read_xattrs(fd)
+                still = reflink(directory, fd) if attempt > 1 and task.part is None else None
+                if still is not None:
+                    bases, status = self._read_still(still, status, lin, base_lin, ranges)
+                    break
                 data = FileData(fd, status, lin, base_lin, ranges)
                 bases = self._data.read(data, task.part)
                 if not data.torn and _unchanged(status, os.fstat(fd)):
@@ -162,6 +167,17 @@ class FileReader:
         if task.part is not None:
             self.outcome.parts.append((lin, status.mtime_ns, status.ctime_ns, status.size))
         self._packer.rows.bases.extend(bases)
+
+    def _read_still(
+        self, fd: int, status: Status, lin: int, base_lin: int, ranges: list[Range] | None
+    ) -> tuple[list[Base], Status]:
+        """Read a reflink, which nobody changes, and close it; its size goes into the status."""
+        try:
+            copy = self._stat.of(fd)
+            status = status._replace(size=copy.size, allocated=copy.allocated)
+            return self._data.read(FileData(fd, status, lin, base_lin, ranges), None), status
+        finally:
+            os.close(fd)
 
     def _small(self, directory: int, task: DirTask, stat: Stat, lin: int, base_lin: int) -> bool:
         """Do a file of at most one block; False to do it the long way."""

@@ -29,6 +29,7 @@ _statx.argtypes = (
 )
 
 FS_IOC_GETFLAGS = 0x80086601
+FICLONE = 0x40049409
 KEPT_FLAGS = (
     0x0000_00FF  # secure delete, undelete, compress, sync, immutable, append, no dump, no atime
     | 0x0000_0400  # no compress
@@ -149,6 +150,21 @@ def read_flags(fd: int, dev: int) -> int:
             return 0
         raise
     return int.from_bytes(raw[:4], "little") & KEPT_FLAGS
+
+
+def reflink(directory: int, fd: int) -> int | None:
+    """A descriptor of a nameless copy of an open file that shares its blocks, on the file system of
+    an open directory; None where that has none."""
+    try:
+        copy = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError:
+        return None
+    try:
+        fcntl.ioctl(copy, FICLONE, fd)
+    except OSError:
+        os.close(copy)
+        return None
+    return copy
 
 
 def data_extents(fd: int, size: int) -> list[tuple[int, int]]:

@@ -9,9 +9,7 @@ import mmap
 import os
 import random
 import shutil
-import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,70 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
-from cloudfs.source.watch import client, start
-from cloudfs.source.watch.protocol import Answer, Question
-from tests.engine import loops
-from tests.engine.rig import Rig, contents_of_tree, difference
+from cloudfs.source.inode import FICLONE
+from cloudfs.source.watch import start
 from tests.engine.test_machine import PLACES, SEEDS, SIZES, Tree, hunt
+from tests.engine.watched import Watched
 
-FICLONE = 0x40049409
 RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture(scope="module", params=["ext4", "xfs"])
-def volume(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system for all tests of this module."""
-    base = Path(tempfile.mkdtemp(prefix="cloudfs-watch-", dir="/dev/shm"))
-    with loops.file_system(base, request.param) as place:
-        yield place
-    shutil.rmtree(base)
-
-
-class Watched(Rig):
-    """A rig whose tree a daemon watches."""
-
-    def __init__(self, base: Path, **settings: object) -> None:
-        super().__init__(base, source="watch", **settings)  # type: ignore[arg-type]
-        self.daemon = 0
-
-    @property
-    def place(self) -> Path:
-        return self.local().watch_dir("home")
-
-    def start(self, *, unlimited: bool = True) -> None:
-        """Start the daemon."""
-        import msgspec
-
-        job = start.job_for(self.place, [os.fsencode(s) for s in self.sources], lambda path: False)
-        self.daemon = start.start(msgspec.structs.replace(job, unlimited=unlimited))
-
-    def kill(self) -> None:
-        """Kill the daemon, if there is one, as the kernel would."""
-        if self.daemon:
-            os.kill(self.daemon, signal.SIGKILL)
-            os.waitpid(self.daemon, 0)
-            self.daemon = 0
-
-    def state(self) -> Answer:
-        return client.ask(self.place, Question("state"))
-
-    def check(self) -> None:
-        """The last snapshot is what the tree is."""
-        last = self.history().snapshots[-1].number
-        assert not difference(self.contents(last), contents_of_tree(self.tree))
-
-
-@pytest.fixture
-def rig(volume: Path) -> Iterator[Watched]:
-    """A watched tree."""
-    base = Path(tempfile.mkdtemp(dir=volume))
-    made = Watched(base)
-    made.start()
-    yield made
-    made.kill()
-    made.repository.local.close()
-    shutil.rmtree(base)
 
 
 class OnWatch(Tree):
@@ -215,14 +156,16 @@ def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnWatch, "volume", volume, raising=False)
 
 
-def test_snapshots_are_what_the_tree_was(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(volume, monkeypatch)
+def test_snapshots_are_what_the_tree_was(
+    local_volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(local_volume, monkeypatch)
     hunt(20, 40, OnWatch)
 
 
 @pytest.mark.long
 def test_snapshots_are_what_the_tree_was_for_long(
-    volume: Path, monkeypatch: pytest.MonkeyPatch
+    local_volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(volume, monkeypatch)
+    prepare(local_volume, monkeypatch)
     hunt(1000, 100, OnWatch)

@@ -1,0 +1,34 @@
+"""File systems for the tests of change sources."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine import loops
+from tests.engine.watched import Watched
+
+
+@pytest.fixture(scope="module", params=["ext4", "xfs"])
+def local_volume(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of each kind for all tests of a module."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-watch-", dir="/dev/shm"))
+    with loops.file_system(base, request.param) as place:
+        yield place
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def watched(local_volume: Path) -> Iterator[Watched]:
+    """A tree there, and a daemon that watches it."""
+    base = Path(tempfile.mkdtemp(dir=local_volume))
+    made = Watched(base)
+    made.start()
+    yield made
+    made.kill()
+    made.repository.local.close()
+    shutil.rmtree(base)

@@ -1,0 +1,414 @@
+"""What a watch daemon cannot hear is found another way, or the sync scans and says why."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import shutil
+import signal
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloudfs.backup.publish import Publisher
+from cloudfs.core.errors import SourceError, Unavailable
+from cloudfs.source.scan import Scanner
+from cloudfs.source.watch import client, start
+from tests.engine import loops
+from tests.engine.btrfs import run
+from tests.engine.watched import Watched
+
+
+@pytest.fixture
+def own_volume(tmp_path: Path) -> Iterator[Path]:
+    """A file system that a test may unmount."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-own-", dir="/dev/shm"))
+    with loops.file_system(base, "ext4", 64 << 20) as place:
+        yield place
+    shutil.rmtree(base)
+
+
+def settle(rig: Watched) -> None:
+    """Two syncs, after which the daemon's word counts."""
+    rig.sync()
+    rig.sync()
+    assert rig.notes == []
+
+
+def scanned(rig: Watched, reason: str) -> None:
+    """The next sync scans for a reason that it tells, and the one after it does not."""
+    rig.sync()
+    assert [note for note in rig.notes if "is scanned" in note and reason in note], rig.notes
+    rig.check()
+    (rig.tree / "afterwards").write_text(reason)
+    heard(rig)
+
+
+def heard(rig: Watched) -> None:
+    """The next sync goes by what was heard, and misses nothing."""
+    result = rig.sync()
+    assert rig.notes == []
+    assert result.snapshot is not None
+    assert result.snapshot.source == "watch"
+    rig.check()
+
+
+# -- what the daemon cannot tell --------------------------------------------------------------
+
+
+def test_a_daemon_killed_between_event_and_record(watched: Watched) -> None:
+    settle(watched)
+    os.kill(watched.daemon, signal.SIGSTOP)
+    (watched.tree / "file").write_text("nobody wrote this down")
+    watched.kill()
+    watched.start()
+    scanned(watched, "only since after the last snapshot")
+
+
+def test_a_daemon_that_does_not_run(watched: Watched) -> None:
+    settle(watched)
+    watched.kill()
+    (watched.tree / "file").write_text("unheard")
+    watched.sync()
+    assert "no daemon watches it. Start one: cloudfs watch home" in watched.notes[0]
+    watched.check()
+
+
+def test_a_daemon_that_does_not_answer(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(watched)
+    (watched.tree / "file").write_text("text")
+    os.kill(watched.daemon, signal.SIGSTOP)
+    monkeypatch.setattr(client.ask, "__defaults__", (0.5,))
+    watched.sync()
+    assert "does not answer" in watched.notes[0]
+    watched.check()
+    monkeypatch.undo()
+    os.kill(watched.daemon, signal.SIGCONT)
+    (watched.tree / "file").write_text("more text")
+    scanned(watched, "another snapshot")
+
+
+def test_a_daemon_that_dies_while_a_sync_runs(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one in its place must not take the snapshot for its own base."""
+    settle(watched)
+    (watched.tree / "file").write_text("text")
+    real = Scanner.revisit
+
+    def replacing(self: Scanner, *what: object, **more: object) -> object:
+        if watched.daemon:
+            watched.kill()
+            (watched.tree / "unheard").write_text("between two daemons")
+            watched.start()
+            watched.daemon_was_replaced = True
+        return real(self, *what, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scanner, "revisit", replacing)
+        patch.setattr(Watched, "daemon_was_replaced", False, raising=False)
+        watched.sync()
+        assert watched.daemon_was_replaced  # type: ignore[attr-defined]
+    scanned(watched, "only since after the last snapshot")
+
+
+def test_a_queue_that_overflows(watched: Watched) -> None:
+    watched.kill()
+    watched.start(unlimited=False)
+    settle(watched)
+    os.kill(watched.daemon, signal.SIGSTOP)
+    limit = int(Path("/proc/sys/fs/fanotify/max_queued_events").read_text())
+    for number in range(limit // 2 + 10):
+        name = watched.tree / str(number)
+        name.touch()
+        name.unlink()
+    (watched.tree / "last").write_text("lost")
+    os.kill(watched.daemon, signal.SIGCONT)
+    scanned(watched, "overflowed")
+
+
+def test_a_file_system_that_was_mounted_anew(own_volume: Path, tmp_path: Path) -> None:
+    """Unmounting, which the daemon does not hinder, ends its hearing without an event."""
+    (own_volume / "tree").mkdir()
+    rig = Watched(tmp_path, sources=[own_volume / "tree"])
+    rig.start()
+    settle(rig)
+    rig.repository.local.close()
+    run("umount", own_volume)
+    run("mount", "-o", "loop", own_volume.with_name("ext4.img"), own_volume)
+    (rig.tree / "file").write_text("unheard")
+    rig.sync()
+    assert "is not watched" in rig.notes[0]
+    rig.check()
+    rig.kill()
+    rig.start()
+    rig.sync()
+    (rig.tree / "more").write_text("heard")
+    heard(rig)
+    rig.kill()
+    rig.repository.local.close()
+
+
+def test_a_mount_within_that_comes_and_goes(watched: Watched, own_volume: Path) -> None:
+    (watched.tree / "within").mkdir()
+    (watched.tree / "within" / "hidden").write_text("hidden")
+    settle(watched)
+    (own_volume / "shown").write_text("shown")
+    run("mount", "--bind", own_volume, watched.tree / "within")
+    try:
+        watched.sync()
+        assert "within is not watched" in watched.notes[0]
+        watched.check()
+        watched.kill()
+        watched.start()
+        settle(watched)
+        (watched.tree / "within" / "shown").write_text("more")
+        (watched.tree / "within" / "new").mkdir()
+        (watched.tree / "beside").write_text("beside")
+        heard(watched)
+    finally:
+        run("umount", watched.tree / "within")
+    scanned(watched, "is another one than before")
+
+
+def test_another_directory_in_the_place_of_the_source(watched: Watched) -> None:
+    settle(watched)
+    aside = watched.tree.with_name("aside")
+    watched.tree.rename(aside)
+    watched.tree.mkdir()
+    (watched.tree / "file").write_text("of another tree")
+    scanned(watched, "is another one than before")
+
+
+# -- what is heard all the same ---------------------------------------------------------------
+
+
+def test_changes_through_other_mounts(watched: Watched, tmp_path: Path) -> None:
+    """A bind mount, another mount namespace, an overlay above the tree."""
+    (watched.tree / "upper").mkdir()
+    (watched.tree / "upper" / "below").write_text("below")
+    settle(watched)
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    run("mount", "--bind", watched.tree, place)
+    try:
+        (place / "bound").write_text("through a bind mount")
+        (place / "moved").mkdir()
+    finally:
+        run("umount", place)
+    heard(watched)
+    script = 'mount --bind "$0" "$1" && echo text > "$1"/namespace && mkdir "$1"/moved/in'
+    run("unshare", "-m", "sh", "-c", script, watched.tree, place)
+    heard(watched)
+    lower, work = tmp_path / "lower", watched.tree.with_name("work")
+    lower.mkdir()
+    work.mkdir()
+    upper = watched.tree / "upper"
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    run("mount", "-t", "overlay", "-o", options, "overlay", place)
+    try:
+        (place / "made").write_text("through an overlay")
+        with (place / "below").open("a") as file:
+            file.write(" and more")
+    finally:
+        run("umount", place)
+    heard(watched)
+
+
+def test_a_mapping_that_stays(watched: Watched) -> None:
+    """Every sync reads what is mapped shared and writable, though its times need not change."""
+    path = watched.tree / "mapped"
+    path.write_bytes(b"x" * 10_000)
+    settle(watched)
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    for turn in b"abc":
+        mapped[5000] = turn
+        heard(watched)
+    mapped.close()
+    mapped_again = watched.sync()
+    assert mapped_again.snapshot is None
+
+
+def test_asynchronous_writes(watched: Watched) -> None:
+    """Nothing is told of them until the file is closed."""
+    path = watched.tree / "database"
+    path.write_bytes(b"x" * 10_000)
+    settle(watched)
+    with path.open("r+b") as file:
+        for turn in range(3):
+            write_asynchronously(file.fileno(), b"turn %d" % turn, 4000)
+            time.sleep(0.05)  # so that the file's times differ from those of the last turn
+            heard(watched)
+
+
+def write_asynchronously(fd: int, data: bytes, offset: int) -> None:
+    """Write by io_submit, and keep the ring for as long as the process lives."""
+    setup, submit, getevents = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}[platform.machine()]
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = ctypes.c_ulong(0)
+    assert libc.syscall(setup, 8, ctypes.byref(ring)) == 0
+    buffer = ctypes.create_string_buffer(data)
+    pwrite = 1
+    request = ctypes.create_string_buffer(
+        struct.pack(
+            "=QIIHhIQQq16x", 0, 0, 0, pwrite, 0, fd, ctypes.addressof(buffer), len(data), offset
+        )
+    )
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(request))
+    assert libc.syscall(submit, ring, 1, pointers) == 1
+    event = ctypes.create_string_buffer(32)
+    assert libc.syscall(getevents, ring, 1, 1, event, None) == 1
+    assert struct.unpack_from("=QQqq", event.raw)[2] == len(data)
+
+
+def test_the_file_behind_a_loop_device(watched: Watched, tmp_path: Path) -> None:
+    image = watched.tree / "image"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    run("mkfs.ext4", "-q", image)
+    settle(watched)
+    place = tmp_path / "inner"
+    place.mkdir()
+    run("mount", "-o", "loop", image, place)
+    try:
+        for turn in range(2):
+            (place / "file").write_text(f"turn {turn}")
+            os.sync()
+            heard(watched)
+    finally:
+        run("umount", place)
+
+
+def test_a_sync_that_fails_forgets_nothing(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(watched)
+    (watched.tree / "first").write_text("heard before the sync that fails")
+
+    def failing(*_: object) -> None:
+        raise Unavailable("the store is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "publish", failing)
+        with pytest.raises(Unavailable):
+            watched.sync()
+    (watched.tree / "second").write_text("heard after it")
+    heard(watched)
+
+
+def test_a_burst_of_events(watched: Watched) -> None:
+    burst(watched, 20_000)
+
+
+@pytest.mark.long
+def test_a_burst_of_a_million_events(watched: Watched) -> None:
+    burst(watched, 340_000)
+
+
+def burst(watched: Watched, count: int) -> None:
+    """Three events for each of so many names; what they leave behind is in the snapshot."""
+    (watched.tree / "kept").write_text("before")
+    settle(watched)
+    directory = os.open(watched.tree, os.O_RDONLY)
+    for number in range(count):
+        name = b"%d" % number
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT, dir_fd=directory)
+        os.write(fd, b"x")
+        os.close(fd)
+        if number % 1000:
+            os.unlink(name, dir_fd=directory)
+    os.close(directory)
+    (watched.tree / "kept").write_text("after")
+    heard(watched)
+    peak = Path(f"/proc/{watched.daemon}/status").read_text()
+    peak_kb = int(peak.split("VmHWM:")[1].split()[0])
+    assert peak_kb < 200_000, "the daemon keeps its set in memory"
+
+
+def test_clocks_that_go_back(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    (watched.tree / "file").write_text("before")
+    settle(watched)
+    day_ns = 86_400_000_000_000
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - day_ns)
+    (watched.tree / "file").write_text("after!")
+    os.utime(watched.tree / "file", ns=(1, real() - 2 * day_ns))
+    heard(watched)
+
+
+def test_a_tree_on_several_file_systems(local_volume: Path, own_volume: Path) -> None:
+    base = Path(tempfile.mkdtemp(dir=local_volume))
+    sources = [base / "one", own_volume / "two", base / "three"]
+    for source in sources:
+        (source / "in").mkdir(parents=True)
+        (source / "in" / "file").write_text("before")
+    rig = Watched(base, sources=sources)
+    rig.start()
+    settle(rig)
+    for source in sources:
+        (source / "in" / "file").write_text("after")
+        (source / "new").write_text("new")
+    result = rig.sync()
+    assert rig.notes == []
+    assert (result.new, result.changed) == (3, 6)  # each file, and the source in which one is new
+    found = rig.contents(2)
+    for source in sources:
+        at = b"/" + os.fsencode(source.name)
+        assert found[at + b"/in/file"][-1] == b"after"  # type: ignore[index]
+        assert found[at + b"/new"][-1] == b"new"  # type: ignore[index]
+    rig.kill()
+    rig.repository.local.close()
+
+
+# -- what cannot be watched -------------------------------------------------------------------
+
+
+def test_two_daemons_of_one_policy(watched: Watched) -> None:
+    with pytest.raises(SourceError, match="watched already"):
+        start.start(start.job_for(watched.place, [os.fsencode(watched.tree)], lambda path: False))
+
+
+def test_file_systems_that_cannot_be_watched(tmp_path: Path) -> None:
+    job = start.job_for(tmp_path / "place", [b"/proc/self/task"], lambda path: False)
+    with pytest.raises(SourceError, match="cannot be watched"):
+        start.start(job)
+
+
+# -- reading what changes ---------------------------------------------------------------------
+
+
+def test_a_file_that_changes_while_it_is_read(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a reflink, where there are such, it is read as it was at one moment."""
+    path = watched.tree / "busy"
+    path.write_bytes(b"0" * 50_000)
+    real, turn = os.preadv, iter(range(1, 1000))
+
+    def touching(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset:
+            path.write_bytes(b"%d" % (next(turn) % 10) * 50_000)
+        return real(fd, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", touching)
+        result = watched.sync()
+    found = watched.contents(1)[b"/busy"][-1]  # type: ignore[index]
+    names = {entry.name for entry in watched.tree.iterdir()}
+    assert names == {"busy"}
+    if "xfs" in str(watched.base):
+        assert not result.unreadable
+        assert len(found) == 50_000
+        assert len(set(found)) == 1, "the data is of more than one moment"
+    else:
+        assert result.unreadable == [(b"busy", "changed while it was read")]
+    watched.sync()
+    (watched.tree / "other").write_text("other")
+    heard(watched)

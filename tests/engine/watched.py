@@ -1,0 +1,45 @@
+"""A rig whose tree a watch daemon listens to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+
+from cloudfs.source.watch import client, start
+from cloudfs.source.watch.protocol import Answer, Question
+from tests.engine.rig import Rig, contents_of_tree, difference
+
+
+class Watched(Rig):
+    """A rig whose tree a daemon watches."""
+
+    def __init__(self, base: Path, **settings: object) -> None:
+        super().__init__(base, source="watch", **settings)  # type: ignore[arg-type]
+        self.daemon = 0
+
+    @property
+    def place(self) -> Path:
+        return self.local().watch_dir("home")
+
+    def start(self, *, unlimited: bool = True) -> None:
+        """Start the daemon."""
+        job = start.job_for(self.place, [os.fsencode(s) for s in self.sources], lambda path: False)
+        self.daemon = start.start(msgspec.structs.replace(job, unlimited=unlimited))
+
+    def kill(self) -> None:
+        """Kill the daemon, if there is one, as the kernel would."""
+        if self.daemon:
+            os.kill(self.daemon, signal.SIGKILL)
+            os.waitpid(self.daemon, 0)
+            self.daemon = 0
+
+    def state(self) -> Answer:
+        return client.ask(self.place, Question("state"))
+
+    def check(self) -> None:
+        """The last snapshot is what the tree is."""
+        last = self.history().snapshots[-1].number
+        assert not difference(self.contents(last), contents_of_tree(self.tree))
