@@ -130,7 +130,7 @@ def _way(new: Policy) -> str:
     way = choose(new.snapshot, sources)
     if way == "scan" and new.snapshot == "auto":
         if all(map(is_subvolume, sources)):
-            return "scan (btrfs snapshots would need root and the btrfs command)"
+            return "scan (btrfs snapshots would need root)"
         return "scan (not a btrfs subvolume; see cloudfs-policy(5))"
     if way == "watch":
         return f"a watch daemon (start it: cloudfs watch {new.name})"

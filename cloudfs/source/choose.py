@@ -26,7 +26,7 @@ def choose(wanted: str, sources: list[bytes]) -> str:
         )
     if not subvolume.available():
         raise SourceError(
-            "btrfs snapshots need root and the btrfs command (package btrfs-progs)."
-            " Install it and sync as root, or use `cloudfs policy set NAME --snapshot scan`."
+            "btrfs snapshots need root. Sync as root, or use"
+            " `cloudfs policy set NAME --snapshot scan`."
         )
     return wanted
