@@ -110,6 +110,7 @@ class TreeDiff:
         self._vanished: dict[int, list[_Vanished]] = {}
         self._vanished_dirs: list[_Vanished] = []
         self._links: dict[tuple[int, int], int] = {}
+        self._described: set[int] = set()  # LINs of several names that have an item
         self._alive: set[int] = set()
         self._moved_dirs: set[int] = set()
 
@@ -203,16 +204,17 @@ class TreeDiff:
     ) -> None:
         old_index, old_stat, lin = old
         changed.lins[index] = lin
-        first_name = True
+        linked = stat.nlink > 1 and not stat.is_dir
         if old_stat.nlink > 1:  # another name of it may have vanished
             self._alive.add(lin)
-        if stat.nlink > 1 and not stat.is_dir:
+        if linked:
             self._alive.add(lin)
-            key = (changed.scan.dev, stat.ino)
-            first_name = key not in self._links
-            self._links.setdefault(key, lin)
-        if first_name and (stat != old_stat or old_index in doubtful):
+            self._links.setdefault((changed.scan.dev, stat.ino), lin)
+        # Of several names, one is enough. The others may come from a record, and look unchanged.
+        if lin not in self._described and (stat != old_stat or old_index in doubtful):
             changed.items.append(index)
+            if linked:
+                self._described.add(lin)
             if stat.is_file:
                 changed.bases[index] = lin
             if old_index in doubtful:

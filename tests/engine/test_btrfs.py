@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,10 @@ from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
 from cloudfs.source.roots import HOLDING
 from tests.engine import btrfs
-from tests.engine.rig import Rig
+from tests.engine.rig import Rig, contents_of_tree, difference
 from tests.engine.test_machine import PLACES, SIZES, Tree, hunt
+
+FICLONE, FICLONERANGE = 0x40049409, 0x4020940D
 
 
 @pytest.fixture
@@ -36,6 +40,55 @@ def remove(base: Path) -> None:
         if path.is_dir() and not path.is_symlink() and path.stat().st_ino == 256:
             btrfs.run("btrfs", "subvolume", "delete", path)
     shutil.rmtree(base, ignore_errors=True)
+
+
+def sync_of_changes(rig: Rig) -> SyncResult:
+    """A sync that goes by what btrfs tells; its snapshot is what the tree is."""
+    result = rig.sync()
+    assert not rig.notes
+    assert result.snapshot is not None
+    made = rig.contents(result.snapshot.number)
+    assert not difference(made, contents_of_tree(rig.tree))
+    return result
+
+
+@pytest.mark.parametrize("place", ["", "d/"])
+@pytest.mark.parametrize("names", [("a", "z"), ("z", "a")])
+def test_a_file_of_several_names_that_changed(rig: Rig, names: tuple[str, str], place: str) -> None:
+    """The stream tells of one of its names; the others are as they were on record."""
+    (rig.tree / "d").mkdir()
+    first, second = rig.tree / names[0], rig.tree / f"{place}{names[1]}"
+    first.write_bytes(os.urandom(20_000))
+    rig.sync()
+    os.link(first, second)
+    sync_of_changes(rig)
+    for path in (first, second):
+        os.setxattr(path, "trusted.x", os.fsencode(path))
+        sync_of_changes(rig)
+        path.write_bytes(os.urandom(20_000))
+        sync_of_changes(rig)
+
+
+def test_shared_extents(rig: Rig) -> None:
+    """What shares its data with a file in the same snapshot is told as a clone of it."""
+    for name in ("old", "older"):
+        (rig.tree / name).write_bytes(os.urandom(200_000))
+    rig.sync()
+    (rig.tree / "new").write_bytes(os.urandom(200_000))
+    for source, target in (("new", "copy"), ("old", "copied"), ("new", "older")):
+        clone(rig.tree / source, rig.tree / target)
+    sync_of_changes(rig)
+    with (rig.tree / "old").open("r+b") as file, (rig.tree / "new").open("rb") as new:
+        fcntl.ioctl(file, FICLONERANGE, struct.pack("qQQQ", new.fileno(), 4096, 8192, 25 * 4096))
+    result = sync_of_changes(rig)
+    assert result.snapshot is not None
+    assert result.snapshot.stats.bytes_read <= 3 * rig.block_size
+
+
+def clone(source: Path, target: Path) -> None:
+    """Make a file share all its data with another."""
+    with source.open("rb") as old, target.open("wb") as new:
+        fcntl.ioctl(new, FICLONE, old.fileno())
 
 
 class OnBtrfs(Tree):
@@ -62,9 +115,7 @@ class OnBtrfs(Tree):
                 if os.path.exists(self.path(b)) and not os.path.isfile(self.path(b)):
                     return
                 with open(self.path(b), "wb") as target:
-                    import fcntl
-
-                    fcntl.ioctl(target, 0x40049409, source.fileno())  # FICLONE
+                    fcntl.ioctl(target, FICLONE, source.fileno())
 
     @rule(parts=PLACES, offset=SIZES, size=SIZES)
     def punch(self, parts: list[bytes], offset: int, size: int) -> None:

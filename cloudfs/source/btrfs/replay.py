@@ -19,6 +19,7 @@ _MAKING = frozenset(
     (Kind.MKFILE, Kind.MKDIR, Kind.MKNOD, Kind.MKFIFO, Kind.MKSOCK, Kind.SYMLINK, Kind.LINK)
 )
 _REMOVING = frozenset((Kind.UNLINK, Kind.RMDIR))
+_WRITING = frozenset((Kind.UPDATE_EXTENT, Kind.CLONE, Kind.FALLOCATE))
 _ALL: Range = (0, 1 << 63)
 _ABOUT_ALL = frozenset((Kind.SUBVOL, Kind.SNAPSHOT))
 
@@ -81,7 +82,7 @@ class Replay:
         else:
             node = self._find(command.path)
             node.touched = True
-            if kind in (Kind.UPDATE_EXTENT, Kind.FALLOCATE):
+            if kind in _WRITING:
                 node.ranges.append((command.offset, command.offset + command.size))
 
     def _find(self, path: bytes) -> _Node:

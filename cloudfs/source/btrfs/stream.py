@@ -53,7 +53,7 @@ class Kind(IntEnum):
     ENABLE_VERITY = 26
 
 
-WITH_DATA = frozenset((Kind.WRITE, Kind.CLONE, Kind.ENCODED_WRITE))
+WITH_DATA = frozenset((Kind.WRITE, Kind.ENCODED_WRITE))
 """Commands that a stream without data does not hold."""
 
 
@@ -63,6 +63,7 @@ class _Attribute(IntEnum):
     PATH_TO = 16
     PATH_LINK = 17
     FILE_OFFSET = 18
+    CLONE_LENGTH = 24
 
 
 class Command(NamedTuple):
@@ -122,8 +123,14 @@ def _decode(kind: Kind, body: bytes) -> Command:
             raise SourceError("btrfs sent an attribute that is cut.")
         at += length
     other = found.get(_Attribute.PATH_TO, found.get(_Attribute.PATH_LINK, b""))
-    offset, size = _number(found, _Attribute.FILE_OFFSET), _number(found, _Attribute.SIZE)
-    return Command(kind, found.get(_Attribute.PATH, b""), other, offset, size)
+    size = _Attribute.CLONE_LENGTH if kind == Kind.CLONE else _Attribute.SIZE
+    return Command(
+        kind,
+        found.get(_Attribute.PATH, b""),
+        other,
+        _number(found, _Attribute.FILE_OFFSET),
+        _number(found, size),
+    )
 
 
 def _number(found: dict[int, bytes], attribute: _Attribute) -> int:
