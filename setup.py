@@ -1,4 +1,5 @@
-"""Makes the manual pages from ``man/*.rst`` when cloudfs is built. All else stands in setup.cfg."""
+"""Makes the manual pages from ``man/*.rst`` when cloudfs is built, and lays examples beside them. All
+else stands in setup.cfg."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from setuptools.command.build import build
 
 SOURCES = Path("man")
 PAGES = Path("build/man")
+EXAMPLES_FROM = "share/external"
+EXAMPLES = "share/cloudfs/external"
 
 
 def pages() -> list[Path]:
@@ -70,10 +73,12 @@ class Build(build):
 
 
 def data_files() -> list[tuple[str, list[str]]]:
-    """Where **man**(1) looks for pages, beside the ``bin`` that the program goes to."""
+    """Where **man**(1) looks for pages, beside the ``bin`` that the program goes to, and where
+    those pages say that examples are."""
     sections: dict[str, list[str]] = {}
     for page in pages():
         sections.setdefault(f"share/man/man{page.suffix[1:]}", []).append(str(page))
+    sections[EXAMPLES] = [str(path) for path in sorted(Path(EXAMPLES_FROM).iterdir())]
     return sorted(sections.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parents[1]
-SOURCES = ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.rst", "man", "cloudfs")
+SOURCES = (
+    "setup.py",
+    "setup.cfg",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.rst",
+    "man",
+    "share",
+    "cloudfs",
+)
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
@@ -48,6 +58,10 @@ def test_the_wheel_brings_every_manual_page(tmp_path: Path) -> None:
     text = (tmp_path / "p" / "share" / "man" / "man1" / "cloudfs.1").read_text()
     assert "EXIT STATUS" in text  # which is included
     assert (tmp_path / "p" / "bin" / "cloudfs").exists()
+    for example in (TOP / "share" / "external").iterdir():
+        installed = tmp_path / "p" / "share" / "cloudfs" / "external" / example.name
+        assert installed.read_bytes() == example.read_bytes()
+        assert os.access(installed, os.X_OK)
 
 
 @pytest.mark.parametrize("bad", ["``unclosed", ".. include:: missing.inc"])

@@ -322,12 +322,17 @@ def _root_inode(place: bytes, source: bytes, command: str) -> int:
     if not os.path.isabs(place) or b"\0" in place:
         raise SourceError(f"{command}printed {shown[:200]}, which is no absolute path.")
     try:
-        status, live = os.stat(place), os.stat(source)
+        # Opened and not only looked at: some snapshots are mounted when they are entered.
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            status, live = os.fstat(fd), os.stat(source)
+        finally:
+            os.close(fd)
+    except NotADirectoryError:
+        raise SourceError(f"{command}printed {shown}, which is no directory.") from None
     except OSError as error:
         words = (error.strerror or str(error)).lower()
         raise SourceError(f"{command}printed {shown}, which cannot be read ({words}).") from None
-    if not os.path.isdir(place):
-        raise SourceError(f"{command}printed {shown}, which is no directory.")
     if os.path.realpath(place) == os.path.realpath(source) or os.path.samestat(status, live):
         raise SourceError(f"{command}printed {shown}, which is the source itself.")
     return status.st_ino
