@@ -46,6 +46,7 @@ from cloudfs.source.choose import choose
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import RootPlaces, Roots
 from cloudfs.source.scan import Scanner, ScanOutcome, ScanPart
+from cloudfs.source.unseen import mapped
 from cloudfs.store.count import Counts as Requests
 
 PART_BYTES = 64 << 20
@@ -207,6 +208,7 @@ class _Sync:
             str(_state_dir(self._job)),
             bool(self._orphans),
             self._source.frozen_ns,
+            sorted(mapped()) if self._source.frozen_ns is None else [],
         )
         worker = Worker(self._job.repository, context)
         worker.use_state(state)

@@ -28,6 +28,7 @@ from cloudfs.repo.view import SnapshotView
 from cloudfs.source.inode import Status
 from cloudfs.source.roots import RootPlaces, Roots
 from cloudfs.source.scan import Filters, Lookup, Scanner, ScanOutcome, ScanPart
+from cloudfs.source.unseen import Inode
 from cloudfs.store.count import Counts as Requests
 
 ADOPTED_KEY = struct.Struct(">QQqq")
@@ -46,6 +47,7 @@ class SyncContext(msgspec.Struct, frozen=True):
     state_dir: str
     adopting: bool
     frozen_ns: int | None  # when what is read stood still; None: it is the tree itself
+    mapped: list[Inode]  # files that are mapped shared and writable
 
 
 class Assignment(msgspec.Struct, array_like=True):
@@ -79,7 +81,8 @@ class Worker:
         self._roots = Roots(context.places)
         frozen_ns = context.frozen_ns
         clock_ns = time.time_ns if frozen_ns is None else lambda: frozen_ns
-        self.scanner = Scanner(self._roots, context.filters, clock_ns)
+        mapped = frozenset(context.mapped)
+        self.scanner = Scanner(self._roots, context.filters, clock_ns, mapped)
         self._uploader = ThreadPoolExecutor(1, "upload")
         self._state: SyncState | None = None
         self._view: SnapshotView | None = None

@@ -159,6 +159,7 @@ class DirScan(msgspec.Struct, array_like=True):
     doubtful: list[int]
     counts: Counts
     ranges: dict[int, list[Range]] = {}  # of files by index: only these bytes can be others
+    mapped: list[int] = []  # of files whose data can be another whatever lstat says
 
 
 class DirTask(msgspec.Struct, array_like=True):

@@ -176,11 +176,13 @@ class TreeDiff:
         self._changed[scan.lin] = changed
         before = _by_name(record) if record is not None else {}
         doubtful = set(record.doubtful) if record is not None else set()
+        mapped = set(scan.mapped)
         visits: list[Visit] = []
         for index, stat in enumerate(stats):
             old = before.pop(stat.name, None)
             if old is not None and _same_item(old[1], stat):
-                self._take_known(changed, index, stat, old, doubtful)
+                doubted = old[0] in doubtful or index in mapped
+                self._take_known(changed, index, stat, old, doubted)
                 if stat.is_dir:
                     visits.append((old[2], _join(scan.path, stat.name)))
                 continue
@@ -200,9 +202,9 @@ class TreeDiff:
         index: int,
         stat: Stat,
         old: tuple[int, Stat, int],
-        doubtful: set[int],
+        doubtful: bool,
     ) -> None:
-        old_index, old_stat, lin = old
+        _, old_stat, lin = old
         changed.lins[index] = lin
         linked = stat.nlink > 1 and not stat.is_dir
         if old_stat.nlink > 1:  # another name of it may have vanished
@@ -211,13 +213,13 @@ class TreeDiff:
             self._alive.add(lin)
             self._links.setdefault((changed.scan.dev, stat.ino), lin)
         # Of several names, one is enough. The others may come from a record, and look unchanged.
-        if lin not in self._described and (stat != old_stat or old_index in doubtful):
+        if lin not in self._described and (stat != old_stat or doubtful):
             changed.items.append(index)
             if linked:
                 self._described.add(lin)
             if stat.is_file:
                 changed.bases[index] = lin
-            if old_index in doubtful:
+            if doubtful:
                 changed.scan.ranges.pop(index, None)
             self.tally.changed += stat != old_stat
 

@@ -4,8 +4,9 @@
    digest compared with that of the last snapshot's. Equal: nothing in it changed, only its
    subdirectories are to be visited. Different: it is handed on as it is.
 2. lstat's ctime moves with every change of data or attributes. Only a change within the same tick
-   of the clock could hide: an entry whose ctime is that fresh when it is listed is *doubtful*, and
-   the signature of its directory is not kept, so that the next scan looks at it again.
+   of the clock could hide, and one through a mapping that stays. An entry whose ctime is that fresh
+   when it is listed, or that is mapped, is *doubtful*, and the signature of its directory is not
+   kept, so that the next scan compares its data. What is mapped now is compared now as well.
 3. A directory that cannot be read is reported, and what was known of it stays in force.
 
 Filters leave names out before anything else sees them. The functions keep nothing between calls,
@@ -28,6 +29,7 @@ from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan
 from cloudfs.source.inode import open_directory
 from cloudfs.source.roots import HOLDING, Roots
+from cloudfs.source.unseen import Inode
 
 COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
 FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
@@ -89,6 +91,7 @@ class Scanner:
     roots: Roots
     filters: Filters
     clock_ns: Callable[[], int] = time.time_ns
+    mapped: frozenset[Inode] = frozenset()  # files that are mapped shared and writable
     # Single entries that cannot be looked at: path, reason. Whoever visits takes them from here.
     unlisted: list[tuple[bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
@@ -155,9 +158,10 @@ class Scanner:
             os.close(fd)
         listing = _encode(entries)
         signature = xxhash.xxh3_128_digest(listing)
-        if record is not None and record.signature == signature:
+        if record is not None and record.signature == signature and not self._mapped(dev, entries):
             return None
-        return _describe(lin, path, dev, entries, listing, signature, now_ns)
+        found = _describe(lin, path, dev, entries, listing, signature, now_ns)
+        return self._doubting_mapped(found, entries)
 
     def _refuse(
         self,
@@ -218,12 +222,26 @@ class Scanner:
         if record.signature == signature:
             return None
         found = _describe(lin, change.path, dev, entries, listing, signature, now_ns)
+        found = self._doubting_mapped(found, entries)
         if reread:
             return found
         for index, entry in enumerate(entries):
             # A file of several names may have been changed under another one.
             if entry[0] in change.names and st.S_ISREG(entry[1]) and entry[3] == 1:
                 found.ranges[index] = change.ranges.get(entry[0], [])
+        return found
+
+    def _mapped(self, dev: int, entries: list[RawEntry]) -> list[int]:
+        """The indexes of those that are mapped."""
+        if not self.mapped:
+            return []
+        return [index for index, entry in enumerate(entries) if (dev, entry[2]) in self.mapped]
+
+    def _doubting_mapped(self, found: DirScan, entries: list[RawEntry]) -> DirScan:
+        found.mapped = self._mapped(found.dev, entries)
+        if found.mapped:
+            found.doubtful = sorted({*found.doubtful, *found.mapped})
+            found.signature = b""
         return found
 
     def leaves_out(self, path: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import shutil
@@ -38,6 +39,11 @@ class Tree(RuleBasedStateMachine):
         self.base = Path(tempfile.mkdtemp(prefix="cloudfs-machine-", dir="/dev/shm"))
         self.rig = Rig(self.base, max_pack_bytes=5000)
         self.models: dict[int, dict[bytes, object]] = {}
+
+    @property
+    def mapped(self) -> list[mmap.mmap]:
+        """The mappings that are there; they end with the machine."""
+        return self.__dict__.setdefault("_mapped", [])
 
     def path(self, parts: list[bytes]) -> bytes:
         return os.path.join(os.fsencode(self.rig.tree), *parts)
@@ -140,6 +146,32 @@ class Tree(RuleBasedStateMachine):
                 for number in range(turn, 5):
                     os.unlink(os.path.join(directory, b"s%d" % number))
 
+    @rule(parts=PLACES, seed=SEEDS, keep=hs.booleans())
+    def write_through_a_mapping(self, parts: list[bytes], seed: int, keep: bool) -> None:
+        path = self.path(parts)
+        if not os.path.isfile(path) or not os.path.getsize(path):
+            return
+        with open(path, "r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+        mapped[seed % len(mapped)] = seed % 256
+        if keep:
+            self.mapped.append(mapped)
+        else:
+            mapped.close()
+
+    @rule(seed=SEEDS)
+    def write_through_mappings_that_are_there(self, seed: int) -> None:
+        for mapped in self.mapped:
+            # What was cut off since has no pages any more, and writing there is a SIGBUS.
+            with contextlib.suppress(ValueError):
+                if mapped.size():
+                    mapped[seed % min(len(mapped), mapped.size())] = seed % 256
+
+    @rule()
+    def unmap(self) -> None:
+        while self.mapped:
+            self.mapped.pop().close()
+
     @rule()
     def lose_local_state(self) -> None:
         self.rig.forget_local()
@@ -170,6 +202,7 @@ class Tree(RuleBasedStateMachine):
             for number, model in self.models.items():
                 assert not difference(self.rig.contents(number), model), f"snapshot {number}"
         finally:
+            self.unmap()
             self.rig.repository.local.close()
             self.remove_all()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import mmap
 import os
 import random
 import shutil
@@ -40,7 +39,6 @@ class OnWatch(Tree):
         self.rig.start()
         self.heard = False  # whether the daemon has listened since the last snapshot
         self.models = {}
-        self.mapped: list[mmap.mmap] = []
 
     @rule(a=PLACES, b=PLACES)
     def clone(self, a: list[bytes], b: list[bytes]) -> None:
@@ -73,32 +71,6 @@ class OnWatch(Tree):
     def exchange(self, a: list[bytes], b: list[bytes]) -> None:
         at_cwd = -100
         _libc.renameat2(at_cwd, self.path(a), at_cwd, self.path(b), RENAME_EXCHANGE)
-
-    @rule(parts=PLACES, seed=SEEDS, keep=hs.booleans())
-    def write_through_a_mapping(self, parts: list[bytes], seed: int, keep: bool) -> None:
-        path = self.path(parts)
-        if not os.path.isfile(path) or not os.path.getsize(path):
-            return
-        with open(path, "r+b") as file:
-            mapped = mmap.mmap(file.fileno(), 0)
-        mapped[seed % len(mapped)] = seed % 256
-        if keep:
-            self.mapped.append(mapped)
-        else:
-            mapped.close()
-
-    @rule(seed=SEEDS)
-    def write_through_mappings_that_are_there(self, seed: int) -> None:
-        for mapped in self.mapped:
-            # What was cut off since has no pages any more, and writing there is a SIGBUS.
-            with contextlib.suppress(ValueError):
-                if mapped.size():
-                    mapped[seed % min(len(mapped), mapped.size())] = seed % 256
-
-    @rule()
-    def unmap(self) -> None:
-        while self.mapped:
-            self.mapped.pop().close()
 
     @rule(parts=PLACES)
     def put_times_back(self, parts: list[bytes]) -> None:
@@ -145,7 +117,6 @@ class OnWatch(Tree):
         return result
 
     def remove_all(self) -> None:
-        self.unmap()
         self.rig.kill()
         shutil.rmtree(self.base)
 

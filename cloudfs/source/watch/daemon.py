@@ -47,7 +47,7 @@ _log = logging.getLogger("cloudfs.watch")
 
 class WatchJob(msgspec.Struct, frozen=True):
     """What a daemon is to do. ``paths``: one on each file system that is to be watched, whose
-    ``devices`` (major << 20 | minor) stand in the same order."""
+    ``devices`` (st_dev) stand in the same order."""
 
     directory: str
     paths: list[bytes]

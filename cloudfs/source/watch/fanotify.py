@@ -104,13 +104,14 @@ class Fanotify:
             )
 
     def marked(self) -> set[int]:
-        """Device numbers (major << 20 | minor) of the file systems that are still watched.
+        """The devices (st_dev) of the file systems that are still watched.
 
         Unmounting one ends that without an event.
         """
         with open(f"/proc/self/fdinfo/{self.fd}") as file:
             found = _SDEV.findall(file.read())
-        return {int(device, 16) for device, mask in found if int(mask, 16) & WATCHED == WATCHED}
+        devices = [int(device, 16) for device, mask in found if int(mask, 16) & WATCHED == WATCHED]
+        return {os.makedev(device >> 20, device & 0xFFFFF) for device in devices}  # MKDEV of Linux
 
     def queued(self) -> int:
         """How many events wait to be read."""

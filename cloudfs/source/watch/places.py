@@ -27,7 +27,7 @@ class Mount(NamedTuple):
     """A line of mountinfo (proc(5))."""
 
     number: int
-    device: int  # major << 20 | minor
+    device: int  # as st_dev
     top: bytes  # what of the file system is mounted
     place: bytes
     kind: str
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
     path: bytes  # where it is reached
     below: bytes  # the same in the backup
-    device: int  # as in Mount
+    device: int  # as st_dev
     fsid: bytes  # as fanotify tells it
     kind: str  # of the file system
     is_source: bool
@@ -110,7 +110,7 @@ def _mounts() -> list[Mount]:
         fields = line.split(b" ")
         major, _, minor = fields[2].partition(b":")
         kind = fields[fields.index(b"-") + 1].decode()
-        device = int(major) << 20 | int(minor)
+        device = os.makedev(int(major), int(minor))
         top, place = _plain(fields[3]), _plain(fields[4])
         found.append(Mount(int(fields[0]), device, top, place, kind))
     return found

@@ -20,11 +20,11 @@ from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.watched import WatchedSet
 from cloudfs.source.ready import Ready
+from cloudfs.source.unseen import Inode, being_written
 from cloudfs.source.watch import client
 from cloudfs.source.watch.places import LeavesOut, Places, places_of
 from cloudfs.source.watch.protocol import EVENTS, Answer, Base, Question
 from cloudfs.source.watch.resolve import Resolver
-from cloudfs.source.watch.unseen import Inode, being_written
 
 
 class WatchSource:

@@ -1,0 +1,88 @@
+"""Which files are being written to in ways that leave no trace, or none until they are closed.
+
+1. Through a mapping that is shared and writable (mmap(2)): only the first write to a page since it
+   was last written back moves the file's times, and fanotify tells of it when the last reference to
+   the open file goes, which is after the mapping has gone. ``/proc/PID/maps`` says who has one.
+2. By asynchronous requests (io_submit(2)), as some databases and virtual machines write. Who has a
+   ring for them shows "/[aio]" among its mappings; then all files that it has open for writing are
+   taken for such.
+3. By the kernel itself, into the file behind a loop device.
+
+What other machines, or processes that this one may not see, do with a file is not seen here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat as st
+from collections.abc import Iterator
+from pathlib import Path
+
+_SHARED = re.compile(
+    rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)", re.M
+)
+_RING = b"/[aio]"
+_LOOPS = "/sys/block"
+
+Inode = tuple[int, int]
+"""st_dev and st_ino."""
+
+
+def mapped() -> set[Inode]:
+    """The files of 1, of all file systems; of processes that this one may look into."""
+    found: set[Inode] = set()
+    for pid, maps in _all_maps():
+        found.update(_shared(pid, maps))
+    return found
+
+
+def being_written() -> set[Inode]:
+    """The files of 1 to 3."""
+    found = set(_behind_loops())
+    for pid, maps in _all_maps():
+        found.update(_shared(pid, maps))
+        if _RING in maps:
+            with contextlib.suppress(OSError):
+                found.update(_open_for_writing(f"/proc/{pid}/fd"))
+    return found
+
+
+def _all_maps() -> Iterator[tuple[str, bytes]]:
+    for pid in os.listdir("/proc"):
+        if pid.isdigit():
+            with contextlib.suppress(OSError):  # the process ended, or is another user's
+                yield pid, Path(f"/proc/{pid}/maps").read_bytes()
+
+
+def _shared(pid: str, maps: bytes) -> Iterator[Inode]:
+    for span, major, minor, inode in _SHARED.findall(maps):
+        try:
+            yield _inode(os.stat(f"/proc/{pid}/map_files/{span.decode()}"))
+        except OSError:  # unmapped since, or not allowed; btrfs shows another device than this
+            yield os.makedev(int(major, 16), int(minor, 16)), int(inode)
+
+
+def _open_for_writing(directory: str) -> Iterator[Inode]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.stat(follow_symlinks=False).st_mode & st.S_IWUSR:
+                    status = entry.stat()
+                    if st.S_ISREG(status.st_mode):
+                        yield _inode(status)
+
+
+def _behind_loops() -> Iterator[Inode]:
+    for name in os.listdir(_LOOPS) if os.path.isdir(_LOOPS) else ():
+        if name.startswith("loop"):
+            with (
+                contextlib.suppress(OSError),
+                open(f"{_LOOPS}/{name}/loop/backing_file", "rb") as f,
+            ):
+                yield _inode(os.stat(f.read().rstrip(b"\n")))
+
+
+def _inode(status: os.stat_result) -> Inode:
+    return status.st_dev, status.st_ino
