@@ -1,5 +1,5 @@
-"""Makes the manual pages from ``man/*.rst`` when cloudfs is built, and lays examples beside them. All
-else stands in setup.cfg."""
+"""Makes the manual pages from ``man/*.rst`` when cloudfs is built, and lays examples beside them.
+All else stands in setup.cfg."""
 
 from __future__ import annotations
 
