@@ -1,0 +1,153 @@
+"""``cloudfs watch`` and the syncs that go by it, through the program, on a real file system."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import PROGRAM, Machine
+from tests.engine import loops
+from tests.fuse.compare import assert_same
+
+
+@pytest.fixture(scope="module", params=["ext4", "xfs"])
+def local_volume(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of each kind."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-watch-", dir="/dev/shm"))
+    with loops.file_system(base, request.param) as place:
+        yield place
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def tree(local_volume: Path) -> Path:
+    """A few files."""
+    tree = local_volume / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    (tree / "docs").mkdir(parents=True)
+    (tree / "docs" / "plan").write_bytes(os.urandom(3_000_000))
+    for number in range(100):
+        (tree / "docs" / f"{number}").write_text(f"{number}" * 100)
+    return tree
+
+
+@pytest.fixture
+def watched(machine: Machine, tree: Path, repo: str) -> Iterator[Machine]:
+    """A machine that synced the tree, watches it, and synced it again."""
+    said = machine.run(
+        "policy", "create", "home", "--source", tree, "--repo", repo, "--snapshot", "watch"
+    ).out
+    assert "cloudfs watch home" in said
+    machine.run("sync", "home")
+    machine.run("watch", "home")
+    machine.run("sync", "home")
+    yield machine
+    machine.run("watch", "home", "--stop")
+
+
+def process_of(machine: Machine) -> int:
+    return int(machine.run("watch", "home", "--json").objects[0]["pid"])
+
+
+def test_a_day_of_use(watched: Machine, tree: Path) -> None:
+    (tree / "docs" / "plan").rename(tree / "plan")
+    with (tree / "plan").open("r+b") as file:
+        file.seek(1_500_000)
+        file.write(b"changed")
+    shutil.rmtree(tree / "docs")
+    (tree / "new").mkdir()
+    (tree / "new" / "file").write_text("new")
+    done = watched.run("sync", "home", "--json")
+    assert done.err == ""
+    assert done.objects[-1]["source"] == "watch"
+    assert done.objects[-1]["consistent"] is False
+    out = tree.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    watched.run("restore", "home", "--target", out)
+    assert_same(tree, out)
+    assert "unchanged" in watched.run("sync", "home").out
+    assert "watch" in watched.run("snapshots", "home").out
+
+
+def test_starting_twice_and_stopping_twice(watched: Machine) -> None:
+    process = process_of(watched)
+    again = watched.run("watch", "home")
+    assert again.out.startswith(f"home is watched already, by process {process}: ")
+    assert watched.run("watch", "--stop").out == ""
+    gone(process)
+    assert watched.run("watch", "--stop").err == "home is not watched.\n"
+    assert "Start one: cloudfs watch home" in watched.run("sync", "home").err
+
+
+def gone(process: int) -> None:
+    """Wait until a process has ended."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            os.kill(process, 0)
+            time.sleep(0.02)
+            continue
+        return
+    raise AssertionError("the daemon did not end")
+
+
+def test_in_the_foreground(machine: Machine, tree: Path, repo: str) -> None:
+    create = ("policy", "create", "home", "--source", tree, "--repo", repo, "--snapshot", "watch")
+    machine.run(*create)
+    process = machine.start("watch", "home", "--foreground", "--json", stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert f'"pid":{process.pid}' in process.stdout.readline()
+    machine.run("sync", "home")
+    (tree / "more").write_text("more")
+    assert machine.run("sync", "home", "--json").objects[-1]["source"] == "watch"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert "is scanned: no daemon" in machine.run("sync", "home").err
+
+
+def test_a_policy_that_goes_by_something_else(machine: Machine, tree: Path, repo: str) -> None:
+    machine.run("policy", "create", "home", "--source", tree, "--repo", repo)
+    refused = machine.run("watch", "home", code=2)
+    assert "`cloudfs policy set home --snapshot watch`" in refused.err
+    assert machine.run("watch", "nobody", code=2).err
+
+
+def test_a_tree_that_cannot_be_watched(machine: Machine, repo: str) -> None:
+    create = ("policy", "create", "odd", "--source", "/proc/self/task", "--repo", repo)
+    machine.run(*create, "--snapshot", "watch")
+    assert "cannot be watched" in machine.run("watch", "odd", code=1).err
+
+
+def test_whoever_is_not_root_is_told(machine: Machine, tree: Path, repo: str) -> None:
+    create = ("policy", "create", "home", "--source", tree, "--repo", repo, "--snapshot", "watch")
+    machine.run(*create)
+    refused = subprocess.run(
+        ["setpriv", "--inh-caps=-all", "--bounding-set=-all", str(PROGRAM), "watch", "home"],
+        env=machine.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "It takes root and Linux 5.17" in refused.stderr
+
+
+def test_another_file_system_is_watched_by_a_daemon_anew(
+    watched: Machine, tree: Path, tmp_path: Path
+) -> None:
+    first = process_of(watched)
+    more = tmp_path / "more"
+    more.mkdir()
+    watched.run("policy", "set", "home", "--source", tree, "--source", more)
+    assert process_of(watched) != first
+    gone(first)
