@@ -164,9 +164,9 @@ class DataReader:
                 target[got:] = bytes(length - got)
             self.bytes_read += got
             digest = xxhash.xxh3_128_digest(target, seed)
-            if _is_block(old[place], length, digest):
+            if is_block(old[place], length, digest):
                 base.records[index] = old[place]
-            elif offered and _is_block(offered[place], length, digest):
+            elif offered and is_block(offered[place], length, digest):
                 base.records[index] = offered[place]
                 self.packs_adopted.add(offered[place][:16])
             else:
@@ -185,7 +185,7 @@ class DataReader:
             record = old[: LOCATION.size]
             digest = xxhash.xxh3_128_digest(block, self._seed)
             base = Base(lin, 0, [b""])
-            known = _is_block(record, size, digest)
+            known = is_block(record, size, digest)
             if known:
                 base.records[0] = record
             else:
@@ -200,7 +200,7 @@ def _gone(lin: int, before: dict[int, bytes]) -> list[Base]:
     return [Base(lin, number, []) for number, old in sorted(before.items()) if old]
 
 
-def _is_block(record: bytes, length: int, digest: bytes) -> bool:
+def is_block(record: bytes, length: int, digest: bytes) -> bool:
     """Whether a location record is that of a block of this length and digest."""
     return record[_DIGEST:] == digest and record[_LENGTH:_DIGEST] == length.to_bytes(4, "little")
 

@@ -3,7 +3,9 @@
 1. Only one sync of a policy runs at a time: a lock on this machine, a lease in the repository.
 2. The local state is brought to the repository's last snapshot, by rebuilding it if need be. If a
    sync did not end, what it stored is offered to this one.
-3. The tree is walked; what is new, changed, moved or gone becomes tasks and tombstones.
+3. The tree is walked; what is new, changed, moved or gone becomes tasks and tombstones. Where a
+   sample of the rest is looked at, and something in it differs, all is given up and begun anew,
+   without the source's changelist.
 4. Workers turn tasks into packs, which are durable when a task is done.
 5. The rows of all of it become a segment, and runs are merged if they are too many.
 6. The next manifest is committed: only now the snapshot exists. If anything fails before, nothing
@@ -14,72 +16,49 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
-import xxhash
-
-from cloudfs.backup.adopt import adopt
+from cloudfs.backup.attempt import Attempt, check_stop
 from cloudfs.backup.coalesce import PageSpool
-from cloudfs.backup.dispatch import Dispatcher
 from cloudfs.backup.exclusive import held_lease, local_lock
 from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
-from cloudfs.backup.packs import PackSettings
-from cloudfs.backup.publish import Collected, Publisher
-from cloudfs.backup.rebuild import rebuild
-from cloudfs.backup.revisit import Revisit
-from cloudfs.backup.walk import QUOTA, Walk
-from cloudfs.backup.worker import SyncContext, Worker
-from cloudfs.core.assign import WorkQueue
-from cloudfs.core.changelist import Changelist
-from cloudfs.core.errors import CloudfsError, SourceError
-from cloudfs.core.manifest import SnapshotRecord, SnapshotStats
-from cloudfs.core.rows import Entry, Meta, PackRow
-from cloudfs.db.state import Head, SyncState
+from cloudfs.backup.verify import Differs, doubt
+from cloudfs.core.errors import SourceError
+from cloudfs.db.state import SyncState
 from cloudfs.repo.history import History
-from cloudfs.repo.lease import Lease
-from cloudfs.repo.pool import WorkerOpening
-from cloudfs.repo.view import SnapshotView
 from cloudfs.source.choose import choose
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import RootPlaces, Roots
-from cloudfs.source.scan import Scanner, ScanOutcome, ScanPart
-from cloudfs.source.unseen import mapped
-from cloudfs.store.count import Counts as Requests
-
-PART_BYTES = 64 << 20
-"""Files larger than this are shared by several workers."""
-
-MAX_QUEUED_LISTINGS = 32 << 20
-PARALLEL_SCAN_ITEMS = 150_000
-"""From so many items on (as of the last snapshot) the walk itself is shared by the workers."""
-
-POOL_ITEMS = 2000
-"""When a walk has met so many items that differ, workers are started while it goes on."""
-
-
-class Interrupted(CloudfsError):
-    """The user asked the sync to stop."""
 
 
 def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
     """Run one sync. Raises CloudfsError; then the old snapshots are whole and nothing is new."""
-    directory = _state_dir(job)
+    directory = job.state_dir
     with contextlib.ExitStack() as stack:
         stack.enter_context(local_lock(job, directory, events))
         history = stack.enter_context(contextlib.closing(History(job.repository, job.record)))
         lease, took_over = stack.enter_context(held_lease(job, history, events))
         state = stack.enter_context(contextlib.closing(SyncState(directory, writer=True)))
-        spool = stack.enter_context(
-            contextlib.closing(PageSpool(job.repository.local.state_dir / "spool"))
-        )
         source = stack.enter_context(_ready(job, directory, state, history, events))
         places = RootPlaces(job.settings.sources, source.at, source.nested)
         roots = stack.enter_context(contextlib.closing(Roots(places)))
-        running = _Sync(job, events, source, places, roots, history, state, lease, spool)
-        result = running.run(took_over)
+
+        def begin() -> Attempt:
+            spool = PageSpool(job.repository.local.state_dir / "spool")
+            stack.enter_context(contextlib.closing(spool))
+            return Attempt(job, events, source, places, roots, history, state, lease, spool)
+
+        running = begin()
+        try:
+            result = running.run(took_over)
+        except Differs as found:
+            # What was begun is given up, as if it had not ended; this one looks for itself.
+            events.differs(source.kind if found.changelist else "scan", found.verified)
+            doubt(state, found.verified.differences)
+            source.changes = None
+            running = begin()
+            running.verified = found.verified
+            result = running.run(took_over=True)
     result.requests = running.requests()  # giving the lease back was one more
     return result
 
@@ -130,357 +109,6 @@ def _external(
         settings.external,
         settings.filters,
         events.note,
-        lambda: _check_stop(job, last.number + 1 if last is not None else 1),
+        lambda: check_stop(job, last.number + 1 if last is not None else 1),
     )
     return external.ready(state, born_ns)
-
-
-def _check_stop(job: SyncJob, snapshot: int) -> None:
-    if job.stopped():
-        raise Interrupted(
-            f"stopped. Snapshot {snapshot} was not made; what was stored is used by the next sync."
-        )
-
-
-class _Sync:
-    """The steps of one sync, in order."""
-
-    def __init__(
-        self,
-        job: SyncJob,
-        events: SyncEvents,
-        source: Ready,
-        places: RootPlaces,
-        roots: Roots,
-        history: History,
-        state: SyncState,
-        lease: Lease | None,
-        spool: PageSpool,
-    ) -> None:
-        self._job = job
-        self._events = events
-        self._source = source
-        self._places = places
-        self._roots = roots
-        self._history = history
-        self._state = state
-        self._lease = lease
-        self._started_ns = job.repository.clock_ns()
-        self._previous = history.manifest.last_snapshot
-        self._view: SnapshotView | None = None
-        if self._previous is not None:
-            self._view = history.view(self._previous.number)
-        self._signature = _signature(job)
-        self._orphans: dict[bytes, PackRow] = {}
-        self._collected = Collected(spool)
-        self._packing = self._pack_settings()
-        self._rebuilt = False  # the local state, from the repository
-
-    @property
-    def _snapshot(self) -> int:
-        return self._packing.snapshot
-
-    def run(self, took_over: bool) -> SyncResult:
-        """All steps."""
-        self._events.phase("scanning")
-        self._prepare(took_over)
-        settings, state = self._job.settings, self._state
-        queue = WorkQueue(settings.block_size, PART_BYTES)
-        trust = state.head.signature == self._signature
-        next_lin = self._history.manifest.next_lin
-        changes = self._changes(trust=trust)
-        walk = (Walk if changes is None else Revisit)(
-            self._roots,
-            state,
-            self._view,
-            next_lin,
-            queue,
-            trust=trust,
-            stable_inodes=changes is not None and self._source.stable_inodes,
-        )
-        context = SyncContext(
-            self._job.record,
-            self._packing,
-            self._places,
-            settings.filters,
-            self._history.manifest,
-            0 if self._view is None else self._view.number,
-            str(_state_dir(self._job)),
-            bool(self._orphans),
-            self._source.frozen_ns,
-            sorted(mapped()) if self._source.frozen_ns is None else [],
-        )
-        worker = Worker(self._job.repository, context)
-        worker.use_state(state)
-        worker.use_view(self._view)
-        dispatcher = self._dispatcher(context, worker, walk)
-        finished = False
-        try:
-            if changes is not None and isinstance(walk, Revisit):
-                self._walk_changes(walk, queue, dispatcher, worker.scanner, changes)
-            else:
-                self._walk_all(walk, queue, dispatcher, trust=trust)
-            self._pack(walk, queue, dispatcher)
-            finished = True
-        finally:
-            dispatcher.close(cancel=not finished)
-            worker.close()
-        return self._conclude(walk)
-
-    # -- before ----------------------------------------------------------------------------------
-
-    def _pack_settings(self) -> PackSettings:
-        settings = self._job.settings
-        return PackSettings(
-            self._job.record.id,
-            self._previous.number + 1 if self._previous else 1,
-            self._history.manifest.next_lin,
-            settings.block_size,
-            settings.max_pack_bytes,
-            settings.level,
-            settings.verify_packs,
-            settings.pack_time_limit_s,
-            self._job.host,
-        )
-
-    def _prepare(self, took_over: bool) -> None:
-        """Bring the local state to the last snapshot; find what unfinished syncs stored."""
-        state = self._state
-        unclean = state.head.running or took_over or self._view is None
-        head, record = state.head, self._view.record if self._view else None
-        at = (record.number, record.time_ns) if record else (0, 0)
-        if (head.snapshot, head.taken_ns) != at:
-            unclean = self._rebuilt = True
-            if self._view is None:
-                state.clear()
-            else:
-                self._events.note("the local state is made anew from the repository")
-                rebuild(state, self._view, self._history.manifest, self._signature)
-        elif state.head.running:
-            state.drop_unfinished()
-        if self._lease is None:
-            return
-        if unclean:
-            state.clear_adopted()
-            self._orphans = adopt(self._history, state)
-        state.save_head(msgspec.structs.replace(state.head, running=True))
-
-    def _dispatcher(self, context: SyncContext, worker: Worker, walk: Walk) -> Dispatcher:
-        settings, repository = self._job.settings, self._job.repository
-        workers = settings.workers or len(os.sched_getaffinity(0))
-        opening = WorkerOpening(
-            settings.url,
-            settings.options.shared_by(workers),
-            repository.opening,
-            repository.local.cache_dir,
-            repository.local.state_dir,
-        )
-        return Dispatcher(context, worker, opening, workers, walk.diff.allot)
-
-    # -- walking and packing ---------------------------------------------------------------------
-
-    def _changes(self, *, trust: bool) -> Changelist | None:
-        """The source's changelist, where this sync can go by it."""
-        for note in self._source.notes:
-            self._events.note(note)
-        if self._source.changes is None or self._view is None:
-            return None
-        reason = ""
-        if self._rebuilt:
-            reason = "the local state was not that of the last snapshot"
-        elif not trust:
-            reason = "the policy's sources or filters are others"
-        elif self._state.head.unread:
-            reason = "some files could not be read last time"
-        if reason:
-            self._events.note(f"the snapshot is scanned: {reason}")
-            return None
-        return self._source.changes
-
-    def _walk_changes(
-        self,
-        walk: Revisit,
-        queue: WorkQueue,
-        dispatcher: Dispatcher,
-        scanner: Scanner,
-        changes: Changelist,
-    ) -> None:
-        def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
-            for outcome in dispatcher.scan(parts, trust=True):
-                yield outcome
-                self._step(walk, queue, dispatcher, walking=True)
-
-        walk.run_changes(changes, scanner, scan, QUOTA)
-
-    def _walk_all(
-        self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, trust: bool
-    ) -> None:
-        if walk.first:
-            walking = True
-            while walking:
-                if queue.listing_bytes < MAX_QUEUED_LISTINGS:
-                    walking = walk.step_first(dispatcher.scan_here)
-                self._step(walk, queue, dispatcher, walking=walking)
-        else:
-            shared = self._state.head.counts.items >= PARALLEL_SCAN_ITEMS
-            if shared:
-                dispatcher.start_pool(for_scans=True)
-
-            def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
-                for outcome in dispatcher.scan(parts, trust=trust):
-                    yield outcome
-                    if walk.diff.waiting >= POOL_ITEMS and not self._job.dry_run:
-                        dispatcher.start_pool()
-                    self._step(walk, queue, dispatcher, walking=True)
-
-            if shared:
-                walk.run(scan, 4 * dispatcher.workers, 4 * QUOTA)
-            else:
-                walk.run(scan, 1, QUOTA)
-
-    def _pack(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher) -> None:
-        """Hand out what is queued, and collect what comes of it."""
-        if not walk.first and not self._job.dry_run:
-            self._step(walk, queue, dispatcher, walking=True)  # workers begin meanwhile
-        self._events.phase("packing")
-        self._bury(walk)
-        while not self._job.dry_run and (queue or dispatcher.busy):
-            self._step(walk, queue, dispatcher, walking=False)
-
-    def _bury(self, walk: Walk) -> None:
-        """Store the coordinator's own rows: tombstones, a made-up root."""
-        metas, entries = walk.bury(self._snapshot)
-        rows: list[Meta | Entry] = [*walk.made_up, *metas, *entries]
-        if self._lease is not None and rows:
-            Publisher(self._history, self._lease, self._packing).store_rows(rows, self._collected)
-
-    def _step(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, walking: bool) -> None:
-        self._check_stop()
-        if self._job.dry_run:
-            queue.take(queue.work)  # the tally is all that a dry run wants
-        else:
-            for done in dispatcher.feed(queue, walking=walking):
-                self._collected.take(done)
-        self._tell(walk)
-
-    def _check_stop(self) -> None:
-        _check_stop(self._job, self._snapshot)
-
-    def _tell(self, walk: Walk) -> None:
-        collected = self._collected
-        self._events.progress(
-            walk.items_seen, collected.items, walk.counts.bytes, collected.bytes_read
-        )
-
-    # -- after -----------------------------------------------------------------------------------
-
-    def _conclude(self, walk: Walk) -> SyncResult:
-        collected = self._collected
-        collected.errors.extend(set(walk.errors).difference(collected.errors))
-        collected.errors.extend(
-            (b"(LIN %d)" % lin, "changed while it was read") for lin in collected.torn_files()
-        )
-        if self._lease is None:
-            return self._result(None, walk)
-        self._mark_unread()
-        previous = self._previous
-        if previous is not None and not collected.spool and not self._job.force:
-            self._state.amend(self._snapshot, walk.changed)
-            self._state.save_head(self._head(self._state.head.manifest, previous, walk))
-            self._source.keep(previous)
-            return self._result(None, walk)
-        self._check_stop()
-        self._events.phase("committing")
-        publisher = Publisher(self._history, self._lease, self._packing)
-        adopted = [self._orphans[name] for name in sorted(collected.adopted & set(self._orphans))]
-        manifest = publisher.publish(
-            collected, adopted, walk.diff.next_lin, lambda: self._record(walk)
-        )
-        made = manifest.snapshots[-1]
-        self._state.clear_adopted()
-        self._state.finish(self._head(manifest.number, made, walk), walk.changed)
-        self._source.keep(made)
-        return self._result(made, walk)
-
-    def _head(self, manifest: int, record: SnapshotRecord, walk: Walk) -> Head:
-        return Head(
-            manifest,
-            record.number,
-            False,
-            walk.counts,
-            self._signature,
-            record.time_ns,
-            walk.unread_elsewhere,
-            sorted(walk.unread.union(lin for lin, _, _ in self._collected.absent) - {0}),
-        )
-
-    def _mark_unread(self) -> None:
-        """Note in the records what could not be read, so that the next sync tries again."""
-        by_directory: dict[int, list[tuple[bytes, bool]]] = {}
-        for lin, name, new in self._collected.absent:
-            by_directory.setdefault(lin, []).append((name, new))
-        for lin, found in by_directory.items():
-            record = self._state.staged(lin, self._snapshot)
-            if record is not None:
-                absent = {name for name, new in found if new}
-                record.mark_unread(absent, {name for name, _ in found} - absent)
-                self._state.put_records(self._snapshot, [(lin, record)])
-
-    def _record(self, walk: Walk) -> SnapshotRecord:
-        now_ns = self._job.repository.clock_ns()
-        tally, counts, collected = walk.diff.tally, walk.counts, self._collected
-        stats = SnapshotStats(
-            files=counts.files,
-            dirs=counts.dirs,
-            symlinks=counts.symlinks,
-            others=counts.others,
-            bytes_total=counts.bytes,
-            new=tally.new,
-            changed=tally.changed,
-            moved=tally.moved,
-            deleted=tally.deleted,
-            unreadable=len(collected.errors),
-            bytes_read=collected.bytes_read,
-            bytes_stored=collected.bytes_stored,
-            packs=len(collected.packs),
-            requests=self.requests().requests,
-            duration_ns=now_ns - self._started_ns,
-        )
-        source = self._source
-        taken_ns = source.frozen_ns or self._started_ns
-        if self._previous is not None:  # a clock set back must not put snapshots out of order
-            taken_ns = max(taken_ns, self._previous.time_ns + 1)
-        tags = list(self._job.settings.tags)
-        frozen = source.frozen_ns is not None
-        return SnapshotRecord(
-            self._snapshot, taken_ns, source.kind, frozen, self._job.host, tags, stats
-        )
-
-    def requests(self) -> Requests:
-        """What was asked of the store up to now."""
-        return self._job.repository.store.counts() + self._collected.requests
-
-    def _result(self, record: SnapshotRecord | None, walk: Walk) -> SyncResult:
-        tally = walk.diff.tally
-        return SyncResult(
-            record,
-            self._previous,
-            sorted(self._collected.errors),
-            self.requests(),
-            tally.new,
-            tally.changed,
-            tally.moved,
-            tally.deleted,
-            self._job.repository.clock_ns() - self._started_ns,
-        )
-
-
-def _state_dir(job: SyncJob) -> Path:
-    return job.repository.local.policy_dir(job.repository.id, job.record.id)
-
-
-def _signature(job: SyncJob) -> bytes:
-    """A digest of what decides which items a walk sees: another one, and all is looked at."""
-    return xxhash.xxh3_128_digest(
-        msgspec.msgpack.encode([job.settings.sources, job.settings.filters])
-    )

@@ -43,6 +43,21 @@ class DurationType(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
+class ShareType(click.ParamType[float]):
+    """A share like "5%", from 0 to 1."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read it."""
+        try:
+            return value if isinstance(value, float) else human.parse_share(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class PolicyType(click.ParamType[str]):
     """The name of a policy or a URL; completes to the policies there are."""
 
@@ -65,7 +80,7 @@ class PolicyType(click.ParamType[str]):
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-SIZE, DURATION, POLICY = SizeType(), DurationType(), PolicyType()
+SIZE, DURATION, SHARE, POLICY = SizeType(), DurationType(), ShareType(), PolicyType()
 FILE = click.Path(dir_okay=False)
 
 

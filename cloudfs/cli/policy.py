@@ -51,6 +51,7 @@ def key_options(function: F) -> F:
         (("--pack-time-limit",), {"metavar": "DURATION"}),
         (("--compression",), {"metavar": "[zstd:N|none]"}),
         (("--verify-packs/--no-verify-packs",), {"default": None}),
+        (("--verify-source",), {"metavar": "N%"}),
         (("--workers",), {"type": int, "metavar": "N"}),
         (("--exclude", "excludes"), {"multiple": True, "metavar": "PATTERN"}),
         (("--exclude-caches/--no-exclude-caches",), {"default": None}),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from cloudfs.backup.job import Verified
+
 QUIET_S = 2.0
 LINE_EVERY_S = 60.0
 STATUS_EVERY_S = 1.0
@@ -83,6 +85,17 @@ class Progress:
             elif self._output.json:
                 self._output.event({"message_type": "note", "text": text})
             elif not self._output.quiet:
+                self._output.warn(text)
+
+    def differs(self, source: str, found: Verified) -> None:
+        """What ``source`` calls unchanged is not: said whatever else is to be said."""
+        from cloudfs.cli.verified import sentence
+
+        text = f"cloudfs: {sentence(self._name, source, found)}"
+        with self._lock:
+            if self._bar is not None:
+                self._bar[0].console.print(text, markup=False, highlight=False)
+            else:
                 self._output.warn(text)
 
     # -- shown by the thread -----------------------------------------------------------------

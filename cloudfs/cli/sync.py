@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from cloudfs.cli import options
+from cloudfs.cli import options, verified
 from cloudfs.cli.app import App, Place
 from cloudfs.cli.commands import external_commands
 from cloudfs.cli.errors import FAILED, SOME_UNREADABLE, explain
@@ -40,6 +40,7 @@ class SyncWishes:
     wait: bool
     workers: int | None
     tags: tuple[str, ...]
+    verify: float | None = None
 
 
 @click.command()
@@ -56,6 +57,13 @@ class SyncWishes:
     metavar="N",
     help="Use N processes; 0 for one a core.",
 )
+@click.option(
+    "--verify-source",
+    "verify",
+    type=options.SHARE,
+    metavar="N%",
+    help="Look at N% of what is called unchanged; if it is not, scan, and exit with 1.",
+)
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word for the snapshot.")
 @options.json_option
 @options.utc_option
@@ -69,6 +77,7 @@ def sync(
     wait: bool,
     every: float | None,
     workers: int | None,
+    verify: float | None,
     tags: tuple[str, ...],
 ) -> None:
     """Take a snapshot of a policy's tree and upload what changed since the last one.
@@ -76,7 +85,7 @@ def sync(
     POLICY may be left out where there is only one. Exit code 3 means that the snapshot was made
     but some files could not be read; they are listed.
     """
-    wishes = SyncWishes(dry_run, force, wait, workers, tags)
+    wishes = SyncWishes(dry_run, force, wait, workers, tags, verify)
     name = policy if policy is not None else app.policies.only()
     if every is None:
         raise click.exceptions.Exit(sync_once(app, name, wishes))
@@ -124,10 +133,13 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
             dry_run=wishes.dry_run,
             force=wishes.force,
             wait_s=math.inf if wishes.wait else 0.0,
+            salt=int.from_bytes(repository.entropy(8), "big"),
             stopped=lambda: app.interrupts.requested,
         )
         result = run_sync(job, progress)
     Report(app, name, result, wishes).show()
+    if result.verified is not None and result.verified.differences:
+        return FAILED
     return SOME_UNREADABLE if result.unreadable else 0
 
 
@@ -168,6 +180,7 @@ def settings_of(place: Place, wishes: SyncWishes) -> SyncSettings:
         verify_packs=policy.verify_packs,
         workers=policy.workers if wishes.workers is None else wishes.workers,
         tags=list(dict.fromkeys((*policy.tags, *wishes.tags))),
+        verify=policy.verify_source if wishes.verify is None else wishes.verify,
     )
 
 
@@ -199,6 +212,8 @@ class Report:
             self._output.note(note)
         for line in self._lines():
             self._output.say(line)
+        if self._result.verified is not None:
+            self._output.say(f"  {verified.summary(self._result.verified)}")
         self._show_unreadable()
 
     def _lines(self) -> list[str]:
@@ -287,6 +302,8 @@ class Report:
             "bytes_downloaded": result.requests.bytes_down,
             "total_duration": result.duration_ns / 1e9,
         }
+        if result.verified is not None:
+            summary["verified"] = verified.show_json(self._output, result.verified)
         if result.snapshot is not None:
             stats = result.snapshot.stats
             summary |= {

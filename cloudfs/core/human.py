@@ -104,3 +104,16 @@ def parse_duration(text: str) -> float:
     if not stripped or position < len(stripped):
         raise ValueError(f'"{text}" is no duration; write it like "90 s", "15 min" or "1h30m"')
     return total
+
+
+def parse_share(text: str) -> float:
+    """A share, 0 to 1, of "5%", "0.5 %" or "5". Raises ValueError with a clear sentence."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", text, re.ASCII)
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f'"{text}" is no share; write it like "5%", from 0% to 100%')
+    return round(float(match[1]) / 100, 12)
+
+
+def share(value: float) -> str:
+    """A share that :func:`parse_share` reads back: "5%", "0.5%"."""
+    return f"{value * 100:.10g}%"

@@ -61,6 +61,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     pack_time_limit_s: float = DEFAULT_PACK_TIME_LIMIT_S
     compression: str = "zstd:3"
     verify_packs: bool = True
+    verify_source: float = 0.0  # a share, 0 to 1
     workers: int = 0  # 0: as many as there are cores
     excludes: tuple[str, ...] = ()
     exclude_caches: bool = False
@@ -200,6 +201,12 @@ def _time_limit(value: object) -> float:
     return seconds
 
 
+def _share(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value:.10g}"
+    return human.parse_share(_text(value))
+
+
 def _compression(value: object) -> str:
     word = _text(value)
     match = re.fullmatch(r"zstd(?::(\d{1,2}))?", word, re.ASCII)
@@ -235,6 +242,10 @@ def _written_flag(value: object) -> str:
 
 def _written_size(value: Any) -> str:
     return _quoted(human.exact_size(value))
+
+
+def _written_share(value: Any) -> str:
+    return _quoted(human.share(value))
 
 
 def _written_seconds(value: Any) -> str:
@@ -284,6 +295,9 @@ KEYS: dict[str, Key] = {
     "compression": Key("compression", _compression, _quoted, '"zstd:1" to "zstd:19", or "none".'),
     "verify_packs": Key(
         "verify_packs", _flag, _written_flag, "Whether packs are decoded once before upload."
+    ),
+    "verify_source": Key(
+        "verify_source", _share, _written_share, "How much of the unchanged each sync looks at."
     ),
     "workers": Key("workers", _workers, str, "Processes; 0 for one a core."),
     "excludes": Key("excludes", _texts, _quoted_list, "Patterns as in .gitignore."),

@@ -44,7 +44,7 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
     options += " --no-verify-packs --workers 2 --exclude *.o --exclude /tmp --exclude-caches"
     options += " --exclude-if-present .nobackup --one-file-system --tag a --tag b"
     options += " --upload-limit 1MB --download-limit 2MB --snapshot scan --region r --profile p"
-    options += " --single-writer --mode 0600 --external-timeout 1h"
+    options += " --verify-source 5% --single-writer --mode 0600 --external-timeout 1h"
     relative = os.path.relpath(tree, machine.home)
     arguments = ["--source", relative, "--repo", str(tmp_path / "r"), *options.split()]
     arguments += [
@@ -75,6 +75,7 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         "pack_time_limit_s": 90.0,
         "compression": "zstd:9",
         "verify_packs": False,
+        "verify_source": 0.05,
         "workers": 2,
         "excludes": ["*.o", "/tmp"],
         "exclude_caches": True,

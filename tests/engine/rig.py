@@ -8,7 +8,7 @@ import stat as st
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloudfs.backup.job import SyncJob, SyncResult, SyncSettings
+from cloudfs.backup.job import SyncJob, SyncResult, SyncSettings, Verified
 from cloudfs.backup.sync import sync
 from cloudfs.core.changes import MODES
 from cloudfs.core.rows import ItemType
@@ -42,6 +42,9 @@ class Quiet:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def differs(self, source: str, found: Verified) -> None:
+        self.notes.append(f"{source} calls unchanged what is not")
+
 
 @dataclass
 class Rig:
@@ -56,6 +59,7 @@ class Rig:
     workers: int = 1
     source: str = "scan"
     external: Commands | None = None
+    verify: float = 0.0
     notes: list[str] = field(default_factory=list)  # of the last sync
 
     def __post_init__(self) -> None:
@@ -88,6 +92,7 @@ class Rig:
             url=self.url,
             options=StoreOptions(),
             source=self.source,
+            verify=self.verify,
             filters=self.filters,
             block_size=self.block_size,
             max_pack_bytes=self.max_pack_bytes,

@@ -18,8 +18,7 @@ from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
-from cloudfs.backup.job import SyncResult
-from cloudfs.backup.sync import Interrupted
+from cloudfs.backup.job import Interrupted, SyncResult
 from cloudfs.source.external import command, told
 from cloudfs.source.external.command import Commands
 from cloudfs.source.scan import Filters

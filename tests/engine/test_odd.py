@@ -264,3 +264,18 @@ def test_a_large_attribute_in_which_a_pack_ends() -> None:
     check(rig)
     rig.repository.local.close()
     shutil.rmtree(base)
+
+
+def test_a_dry_run_leaves_nothing_behind(rig: Rig) -> None:
+    """What it met and gave numbers to was gone before the next sync, which gave them again."""
+    for name in ("x", "y"):
+        (rig.tree / name).mkdir()
+        (rig.tree / name / "file").write_text(name)
+    rig.sync()
+    (rig.tree / "x" / "passing").write_text("here for a moment")
+    assert rig.sync(dry_run=True).new == 1
+    (rig.tree / "x" / "passing").unlink()
+    (rig.tree / "y" / "other").write_text("other")
+    check(rig)
+    (rig.tree / "y" / "file").write_text("more")
+    check(rig)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cloudfs.backup.job import SyncJob, SyncSettings
+from cloudfs.backup.job import SyncJob, SyncSettings, Verified
 from cloudfs.backup.sync import sync
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.local import LocalState
@@ -38,6 +38,9 @@ class Quiet:
         """See SyncEvents."""
 
     def note(self, text: str) -> None:
+        """See SyncEvents."""
+
+    def differs(self, source: str, found: Verified) -> None:
         """See SyncEvents."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloudfs.backup import sync as sync_module
+from cloudfs.backup import attempt
 from cloudfs.core.rows import (
     BlockRow,
     Entry,
@@ -345,7 +345,7 @@ def test_tables_rebuilt_from_packs_are_those_of_the_segments(
     place: Place, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small parts: a file of several packs is described by each of them.
-    monkeypatch.setattr(sync_module, "PART_BYTES", 256 * 1024)
+    monkeypatch.setattr(attempt, "PART_BYTES", 256 * 1024)
     dice = random.Random(seed)
     (place.tree / "large").write_bytes(dice.randbytes(MIB + 99))
     for turn in range(9):
