@@ -24,6 +24,7 @@ from collections.abc import Callable
 from cloudfs.core.changelist import Changelist, DirChange, Range
 from cloudfs.core.changes import Stat
 from cloudfs.core.errors import SourceError
+from cloudfs.source.external.moves import Moves, shown
 from cloudfs.source.external.told import Ranges, Told
 from cloudfs.source.external.trees import NewTree, OldTree, join, split
 
@@ -52,14 +53,12 @@ class Resolver:
         self._patterns = excluded
         self._born_ns = born_ns
         self._unique = unique_inodes
-        self._from: dict[bytes, bytes] = {}  # where something was, by where it is
-        self._to: dict[bytes, bytes] = {}
+        self._moves = Moves(told, old, new, self._excluded)
         self._names: dict[bytes, set[bytes]] = {}
         self._place: dict[bytes, tuple[bytes, int]] = {}  # old path and LIN of those looked into
         self._todo: list[tuple[bytes, bytes]] = []
         self._whole: set[bytes] = set()  # directories in which all names are looked at
         self._vanished: dict[int, list[tuple[bytes, int]]] = {}  # directories, by inode
-        self._gone: set[bytes] = set()  # old paths of those
         self._appeared: list[bytes] = []
         self._fresh: dict[int, list[bytes]] = {}  # new directories, by inode
         self._link_lins: set[int] = set()
@@ -71,7 +70,7 @@ class Resolver:
     def changelist(self) -> Changelist:
         """The changes, by directory. Raises SourceError with the reason to scan instead."""
         try:
-            self._take_renames()
+            self._moves.take_renames()
             by_inode = self._find_inodes()
             self._look_into_inodes(by_inode)
             self._look_where_told()
@@ -82,9 +81,9 @@ class Resolver:
                 self._follow()
             self._check()
         except OSError as error:
-            shown = error.filename or "a directory"
+            place = error.filename or "a directory"
             words = (error.strerror or str(error)).lower()
-            raise SourceError(f"{shown} in the new snapshot cannot be read ({words}).") from None
+            raise SourceError(f"{place} in the new snapshot cannot be read ({words}).") from None
         changes = [
             DirChange(path, self._place[path][0], names, self._ranges(path, names))
             for path, names in sorted(self._names.items())
@@ -97,31 +96,13 @@ class Resolver:
 
     # -- what is told by paths -------------------------------------------------------------------
 
-    def _take_renames(self) -> None:
-        """Believe that something moved only if it was there and a directory stayed one."""
-        for path, origin in self._told.renamed.items():
-            old = self._old.entry(origin)
-            if old is None:
-                self._told.created.add(path)  # it was left out of the last snapshot, or never there
-                continue
-            if old[0].is_dir and not self._excluded(path):
-                now = self._new.lstat(path)
-                if now is None or not st.S_ISDIR(now.st_mode):
-                    raise SourceError(f"{_shown(path)} is no directory in the new snapshot.")
-            if self._to.setdefault(origin, path) != path:
-                if old[0].is_dir:
-                    raise SourceError(f"{_shown(origin)} was told to have moved to two places.")
-                self._told.created.add(path)
-                continue
-            self._from[path] = origin
-
     def _look_where_told(self) -> None:
         told = self._told
         for path in told.created:
             self._look(path, names_changed=True)
         for path in told.deleted:
             self._look_before(path)
-        for path, origin in self._from.copy().items():
+        for path, origin in list(self._moves.origins.items()):
             self._look(path, names_changed=True)
             self._look_before(origin)
         for path in (*told.data, *told.attributes):
@@ -146,18 +127,9 @@ class Resolver:
     def _look_before(self, path: bytes) -> None:
         """Look at a place where something was: in its directory, wherever that is now."""
         directory, name = split(path)
-        now = self._now(directory)
+        now = self._moves.now(directory)
         if now is not None:
             self._look(join(now, name), names_changed=True)
-
-    def _now(self, path: bytes) -> bytes | None:
-        """Where a directory of the last snapshot is now; None where it is gone."""
-        for top, rest in _prefixes(path):
-            if top in self._to:
-                return self._to[top] + rest
-            if top in self._told.deleted or top in self._gone:
-                return None
-        return path
 
     def _into(self, path: bytes) -> bool:
         """Whether a directory can be looked into: it is backed up, and was before."""
@@ -165,7 +137,7 @@ class Resolver:
             return True
         if path and self._excluded(path):
             return False
-        before = self._before(path)
+        before = self._moves.before(path)
         if before is None:
             return False
         lin = self._old.lin(before)
@@ -179,27 +151,17 @@ class Resolver:
         self._place[path] = before, lin
         return True
 
-    def _before(self, path: bytes) -> bytes | None:
-        """Where a directory of the new snapshot was; None for one within something new."""
-        for top, rest in _prefixes(path):
-            if top in self._from:
-                return self._from[top] + rest
-            if top in self._told.created:
-                return None
-        return path
-
     def _check_same(self, path: bytes, before: bytes) -> None:
         """A directory must be the one that it is said to be."""
         if not path:
             return
         old, now = self._old.entry(before), self._new.lstat(path)
         if now is None or not st.S_ISDIR(now.st_mode):
-            raise SourceError(f"{_shown(path)} is no directory in the new snapshot.")
+            raise SourceError(f"{shown(path)} is no directory in the new snapshot.")
         if old is None or old[0].ino != now.st_ino:
-            raise SourceError(f"{_shown(path)} is another directory, which was not told.")
-        told = path in self._told.renamed and path in self._from
-        if told and self._born_ns(old[1]) != self._new.born_ns(path):
-            raise SourceError(f"{_shown(path)} was not made from {_shown(before)}.")
+            raise SourceError(f"{shown(path)} is another directory, which was not told.")
+        if self._moves.told(path) and self._born_ns(old[1]) != self._new.born_ns(path):
+            raise SourceError(f"{shown(path)} was not made from {shown(before)}.")
 
     def _list(self, path: bytes) -> None:
         """Look at the names in a directory that are not as they were."""
@@ -232,7 +194,7 @@ class Resolver:
         """Directories first: what is in them tells what moved."""
         for path, stat in by_inode:
             kinds = self._told.inodes[stat.ino]
-            now = self._now(path)
+            now = self._moves.now(path)
             if not stat.is_dir or now is None:
                 continue
             there = self._new.lstat(now)
@@ -251,7 +213,7 @@ class Resolver:
         """Then all else, wherever its directory is."""
         for path, stat in by_inode:
             directory, name = split(path)
-            now = self._now(directory)
+            now = self._moves.now(directory)
             if now is None or now in self._whole:
                 continue
             place = join(now, name)
@@ -286,7 +248,7 @@ class Resolver:
             if self._made_anew(path, old_path) or directory in self._whole:
                 self._compare_whole(path, old[1])
         else:
-            if old is not None and was_dir and not self._has_moved(old_path):
+            if old is not None and was_dir and not self._moves.has_moved(old_path):
                 self._vanish(old_path, old[0], old[1])
             if is_dir:
                 self._appeared.append(path)
@@ -295,17 +257,14 @@ class Resolver:
         if now is not None:
             self._see(path, now)
 
-    def _has_moved(self, old_path: bytes) -> bool:
-        return old_path in self._to and not self._excluded(self._to[old_path])
-
     def _made_anew(self, path: bytes, old_path: bytes) -> bool:
         """Whether a directory was told to be a new one although it has the inode of that which
         stood there. It is gone by as if it were that one, and nothing in it as it was."""
-        if self._from.get(path, old_path) != old_path or self._to.get(old_path, path) != path:
-            raise SourceError(f"{_shown(path)} is the directory that it was, and was told moved.")
+        if self._moves.differs(path, old_path):
+            raise SourceError(f"{shown(path)} is the directory that it was, and was told moved.")
         if path not in self._told.created and old_path not in self._told.deleted:
             return False
-        self._from[path], self._to[old_path] = old_path, path
+        self._moves.add(path, old_path)
         return True
 
     def _see(self, path: bytes, now: os.stat_result) -> None:
@@ -316,12 +275,12 @@ class Resolver:
 
     def _vanish(self, path: bytes, stat: Stat, lin: int) -> None:
         """A directory is not where it was; so are those in it of which nothing else was told."""
-        if path in self._gone:
+        if path in self._moves.gone:
             return
-        self._gone.add(path)
+        self._moves.gone.add(path)
         self._vanished.setdefault(stat.ino, []).append((path, lin))
         for below, other, other_lin in self._old.below(lin, path):
-            if any(top in self._to for top, _ in _prefixes(below)):
+            if self._moves.is_elsewhere(below):
                 continue
             if other.is_dir:
                 self._vanished.setdefault(other.ino, []).append((below, other_lin))
@@ -337,12 +296,12 @@ class Resolver:
             if now is None or self._excluded(path):
                 continue
             self._seen.add(now.st_ino)
-            if path in self._from:
-                self._check_same(path, self._from[path])
+            if path in self._moves.origins:
+                self._check_same(path, self._moves.origins[path])
                 continue
             known = self._moved(path, now.st_ino)
             if known is not None:
-                self._from[path], self._to[known[0]] = known[0], path
+                self._moves.add(path, known[0])
                 self._compare_whole(path, known[1])
                 continue
             self._fresh.setdefault(now.st_ino, []).append(path)
@@ -356,7 +315,7 @@ class Resolver:
     def _moved(self, path: bytes, inode: int) -> tuple[bytes, int] | None:
         """The old path and the LIN of a directory that has moved to this path."""
         for old_path, lin in self._vanished.get(inode, ()):
-            if old_path not in self._to and self._born_ns(lin) == self._new.born_ns(path):
+            if not self._moves.is_taken(old_path) and self._born_ns(lin) == self._new.born_ns(path):
                 return old_path, lin
         return None
 
@@ -385,7 +344,7 @@ class Resolver:
             if path is None:
                 raise SourceError("a file has names in several sources.")
             directory, name = split(path)
-            now = self._now(directory)
+            now = self._moves.now(directory)
             if now is not None:
                 self._look(join(now, name))
         return True
@@ -396,11 +355,10 @@ class Resolver:
         """See that nothing was left out."""
         for inode, paths in self._fresh.items():
             if any(self._moved(path, inode) is not None for path in paths):
-                raise SourceError(f"{_shown(paths[0])} moved, which was not told.")
+                raise SourceError(f"{shown(paths[0])} moved, which was not told.")
         for inode, names in self._links.items():
             if len(names) < self._link_counts[inode] and not self._unique:
-                shown = _shown(min(names))
-                raise SourceError(f"{shown} has names that are neither told nor on record.")
+                raise SourceError(f"{shown(min(names))} has names that are not told nor on record.")
         for inode, kinds in self._told.inodes.items():
             if "created" in kinds and inode not in self._seen and self._patterns is None:
                 raise SourceError(f"inode {inode} is told new, and stands in no changed directory.")
@@ -423,22 +381,8 @@ class Resolver:
         told = self._told
         if path in told.created or old_path in told.deleted:
             return None
-        if self._from.get(path, old_path) != old_path or self._to.get(old_path, path) != path:
-            return told.data.get(path) if path in self._from else None
+        if self._moves.differs(path, old_path):
+            return told.data.get(path) if path in self._moves.origins else None
         if path in told.data:
             return told.data[path]
         return [] if path in told.attributes else None
-
-
-def _prefixes(path: bytes) -> list[tuple[bytes, bytes]]:
-    """The path and those of all directories above it, each with what is left, longest first."""
-    found = []
-    end = len(path)
-    while end > 0:
-        found.append((path[:end], path[end:]))
-        end = path.rfind(b"/", 0, end)
-    return found
-
-
-def _shown(path: bytes) -> str:
-    return ascii(os.fsdecode(path))[1:-1]
