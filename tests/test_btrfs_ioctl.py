@@ -24,7 +24,7 @@ int main(void) {
     SHOW(BTRFS_SEND_FLAG_NO_FILE_DATA);
     AT(btrfs_ioctl_vol_args, name);
     AT(btrfs_ioctl_vol_args_v2, flags); AT(btrfs_ioctl_vol_args_v2, name);
-    AT(btrfs_ioctl_get_subvol_info_args, generation); AT(btrfs_ioctl_get_subvol_info_args, flags);
+    AT(btrfs_ioctl_get_subvol_info_args, ctransid); AT(btrfs_ioctl_get_subvol_info_args, flags);
     AT(btrfs_ioctl_get_subvol_info_args, uuid); AT(btrfs_ioctl_get_subvol_info_args, parent_uuid);
     AT(btrfs_ioctl_get_subvol_rootref_args, rootref);
     AT(btrfs_ioctl_get_subvol_rootref_args, num_items);
@@ -40,7 +40,7 @@ FIELDS = {
     "vol_args_v2": (ioctl.VOL_ARGS_V2, {"flags": 2, "name": 3}),
     "get_subvol_info_args": (
         ioctl.SUBVOL_INFO_ARGS,
-        {"generation": 4, "flags": 5, "uuid": 6, "parent_uuid": 7},
+        {"flags": 5, "uuid": 6, "parent_uuid": 7, "ctransid": 9},
     ),
     "get_subvol_rootref_args": (ioctl.ROOTREF_ARGS, {"rootref": 1, "num_items": 2}),
     "ino_lookup_user_args": (ioctl.INO_LOOKUP_USER_ARGS, {"treeid": 1, "name": 2, "path": 3}),
@@ -108,7 +108,6 @@ def test_a_snapshot_is_what_the_command_says_it_is(volume: Path) -> None:
     for path, read_only in ((tree, False), (place, True)):
         found, shown = ioctl.info(os.fsencode(path)), shown_by_the_command(path)
         assert str(found.number) == shown["Subvolume ID"]
-        assert str(found.generation) == shown["Generation"]
         assert found.uuid == shown["UUID"].replace("-", "")
         assert found.read_only == read_only == (shown["Flags"] == "readonly")
     assert ioctl.info(os.fsencode(place)).parent_uuid == ioctl.info(os.fsencode(tree)).uuid

@@ -315,6 +315,7 @@ class Attempt:
     # -- after -----------------------------------------------------------------------------------
 
     def _conclude(self, walk: Walk) -> SyncResult:
+        self._source.intact()
         collected = self._collected
         collected.errors.extend(set(walk.errors).difference(collected.errors))
         collected.errors.extend(

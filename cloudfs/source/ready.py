@@ -27,6 +27,9 @@ class Ready:
     notes: list[str] = field(default_factory=list)
     # What changed since the source looked, where the tree did not stand still; None: not known.
     changed_since: Callable[[], Changelist | None] = lambda: None
+    # Called when all is read, before the commit. Raises SourceError where not all of it was what
+    # stood still.
+    intact: Callable[[], None] = lambda: None
     # Called after the commit, with the snapshot that holds the tree as it is here.
     keep: Callable[[SnapshotRecord], None] = lambda record: None
 

@@ -77,6 +77,19 @@ def test_only_what_btrfs_tells_is_uploaded(synced: Machine, tree: Path) -> None:
     assert "btrfs" in synced.run("snapshots", "vol").out
 
 
+def test_the_btrfs_command_is_not_needed(synced: Machine, tree: Path, tmp_path: Path) -> None:
+    """Nor is the one that is found believed."""
+    fake = tmp_path / "bin" / "btrfs"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho rubbish\nexit 0\n")
+    fake.chmod(0o755)
+    synced.variables["PATH"] = str(fake.parent)
+    (tree / "new").write_text("new")
+    done = synced.run("sync", "vol", "--json")
+    assert (done.err, done.objects[-1]["source"]) == ("", "btrfs")
+    same(tree, restored(synced, tree))
+
+
 def test_what_was_left_by_a_killed_sync_is_removed(synced: Machine, tree: Path) -> None:
     kept = holding(tree)
     (tree / "large").write_bytes(os.urandom(30_000_000))

@@ -14,7 +14,7 @@ SIZE = 1 << 30
 
 
 @contextlib.contextmanager
-def file_system(base: Path, size: int = SIZE) -> Iterator[Path]:
+def file_system(base: Path, size: int = SIZE, *options: str) -> Iterator[Path]:
     """A btrfs, mounted in ``base``; what is missing for it makes the test fail."""
     assert os.geteuid() == 0, "this test needs root, to mount btrfs"
     assert shutil.which("mkfs.btrfs"), "this test needs btrfs-progs"
@@ -22,7 +22,7 @@ def file_system(base: Path, size: int = SIZE) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(size)
     place.mkdir()
-    run("mkfs.btrfs", "-q", image)
+    run("mkfs.btrfs", "-q", *options, image)
     run("mount", "-o", "loop", image, place)
     try:
         yield place
@@ -32,10 +32,10 @@ def file_system(base: Path, size: int = SIZE) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def volume(size: int = SIZE) -> Iterator[Path]:
+def volume(size: int = SIZE, *options: str) -> Iterator[Path]:
     """The same, in memory."""
     base = Path(tempfile.mkdtemp(prefix="cloudfs-btrfs-", dir="/dev/shm"))
-    with file_system(base, size) as place:
+    with file_system(base, size, *options) as place:
         yield place
     shutil.rmtree(base)
 

@@ -25,7 +25,8 @@ VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")
 
 SUBVOL_INFO_ARGS = struct.Struct("=Q256sQQQQ16s16s16s4Q64x64x")
 """struct btrfs_ioctl_get_subvol_info_args: number, name, number of the parent, its directory,
-generation, flags, UUID, UUID of what it is a snapshot of, and more that is not used."""
+generation, flags, UUID, UUID of what it is a snapshot of, UUID of what was received as it, the
+transaction that last changed something in it, and more that is not used."""
 
 ROOTREF = struct.Struct("=QQ")
 ROOTREF_ARGS = struct.Struct("=Q4080sB7x")
@@ -60,7 +61,7 @@ class SubvolumeInfo(NamedTuple):
     """What the kernel says of a subvolume."""
 
     number: int
-    generation: int
+    changed: int  # the transaction that last changed something in it; moving its blocks does not
     read_only: bool
     uuid: str
     parent_uuid: str  # of the subvolume that it is a snapshot of
@@ -86,10 +87,9 @@ def info(path: bytes) -> SubvolumeInfo:
     answer = bytearray(SUBVOL_INFO_ARGS.size)
     with opened(path) as fd:
         fcntl.ioctl(fd, GET_SUBVOL_INFO, answer)
-    number, _, _, _, generation, flags, own, parent, *_ = SUBVOL_INFO_ARGS.unpack(answer)
-    return SubvolumeInfo(
-        number, generation, bool(flags & ROOT_SUBVOL_RDONLY), own.hex(), parent.hex()
-    )
+    number, _, _, _, _, flags, own, parent, _, changed, *_ = SUBVOL_INFO_ARGS.unpack(answer)
+    read_only = bool(flags & ROOT_SUBVOL_RDONLY)
+    return SubvolumeInfo(number, changed, read_only, own.hex(), parent.hex())
 
 
 def children(path: bytes) -> list[bytes]:
@@ -132,7 +132,7 @@ def send(path: bytes, parent: int, target: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def opened(path: bytes) -> Iterator[int]:
-    """A descriptor of a directory."""
+    """A descriptor of a directory. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd

@@ -36,7 +36,7 @@ class _Held(msgspec.Struct, array_like=True):
     place: bytes
     uuid: str = ""
     parent_uuid: str = ""
-    generation: int = 0
+    changed: int = 0
 
 
 class _Bases(msgspec.Struct, array_like=True):
@@ -81,11 +81,14 @@ class BtrfsSource:
                 self._take(taken, now_ns)
             except SourceError as error:
                 note = f"no btrfs snapshot could be taken, so the tree itself is scanned: {error}"
-                yield scanned(self._sources, [note])
+                found = scanned(self._sources, [note])
+                found.keep = lambda record: self._keep_only_of(record, base)
+                yield found
                 return
             found = Ready("btrfs", [held.place for held in taken if self._is_top(held)])
             found.nested = {h.path: h.place for h in taken if not self._is_top(h)}
             found.frozen_ns, found.keep = now_ns, keep
+            found.intact = lambda: _check_intact(taken)
             found.stable_inodes = len(taken) == 1  # each subvolume has numbers of its own
             try:
                 found.changes = self._changes(base, taken, snapshot, taken_ns)
@@ -117,7 +120,7 @@ class BtrfsSource:
                 taken.append(held)
                 found = subvolume.identity(place)
                 held.uuid, held.parent_uuid = found.uuid, found.parent_uuid
-                held.generation = found.generation
+                held.changed = found.changed
             if self._paths(source) != paths:
                 raise SourceError("a subvolume came, went or moved meanwhile.")
 
@@ -142,6 +145,12 @@ class BtrfsSource:
                         with contextlib.suppress(SourceError):  # the next sync tries again
                             subvolume.delete(place)
 
+    def _keep_only_of(self, record: SnapshotRecord, base: _Bases) -> None:
+        """Delete the base where it is of another snapshot than the state now is at: it will never
+        be compared with, and may be what fills the file system."""
+        if (record.number, record.time_ns) != (base.snapshot, base.taken_ns):
+            self._clean(set())
+
     # -- what changed --------------------------------------------------------------------------
 
     def _changes(
@@ -161,8 +170,7 @@ class BtrfsSource:
             raise SourceError("a subvolume came, went or moved.")
         if any(before[held.path].parent_uuid != held.parent_uuid for held in taken):
             raise SourceError("another subvolume took the place of one.")
-        for held in base.held:
-            _check_untouched(held)
+        _check_untouched(base.held)
         found = Changelist()
         for new in taken:
             mounted = _mounted_in(new.path, before)
@@ -176,6 +184,8 @@ class BtrfsSource:
                 )
                 for change in below.dirs
             )
+        # Again: what was written to one may have waited in memory until it was compared.
+        _check_untouched(base.held)
         return found
 
     # -- memory --------------------------------------------------------------------------------
@@ -193,15 +203,34 @@ class BtrfsSource:
         temporary.replace(self._note)
 
 
-def _check_untouched(held: _Held) -> None:
-    shown = os.fsdecode(held.place)
+def _check_untouched(base: list[_Held]) -> None:
+    """Raise SourceError where one of the last snapshots is not what it was."""
+    for held in base:
+        if what := _what_became_of(held):
+            raise SourceError(f"the last snapshot {os.fsdecode(held.place)} {what}.")
+
+
+def _check_intact(taken: list[_Held]) -> None:
+    """Raise SourceError where one of the snapshots that were read is not what it was: what was not
+    found in it may well be in the tree."""
+    for held in taken:
+        if what := _what_became_of(held):
+            raise SourceError(
+                f"the btrfs snapshot {os.fsdecode(held.place)} {what} while it was backed up, so"
+                " this backup was given up. Sync again."
+            )
+
+
+def _what_became_of(held: _Held) -> str:
+    """What happened to a snapshot that must not have; "" for nothing. Raises SourceError."""
     if not os.path.isdir(held.place):
-        raise SourceError(f"the last snapshot {shown} is gone.")
+        return "is gone"
     now = subvolume.identity(held.place)
     if now.uuid != held.uuid:
-        raise SourceError(f"the last snapshot {shown} is another one.")
-    if now.generation != held.generation or not now.read_only:
-        raise SourceError(f"the last snapshot {shown} was written to.")
+        return "is another one"
+    if now.changed != held.changed or not now.read_only:
+        return "was written to"
+    return ""
 
 
 def _mounted_in(path: bytes, all_paths: Collection[bytes]) -> list[bytes]:

@@ -97,6 +97,8 @@ def commands(stream: IO[bytes]) -> Iterator[Command]:
                 f"btrfs sent command {number}, which cloudfs does not know."
             ) from None
         if kind == Kind.END:
+            if stream.read(1):
+                raise SourceError("btrfs sent more than it said.")
             return
         if kind in WITH_DATA:
             raise SourceError("btrfs sent data, which it was not asked for.")

@@ -67,8 +67,9 @@ def _below(path: bytes, prefix: bytes) -> Iterator[bytes]:
 def changes(base: bytes, new: bytes, mounted: Sequence[bytes] = ()) -> Changelist:
     """What differs between two snapshots of one subvolume, and what is ``mounted`` in it: the
     subvolumes directly within it, by their paths. Raises SourceError."""
-    with tempfile.TemporaryFile() as stream:
+    with contextlib.ExitStack() as stack:
         with _told("compare the last snapshot with", new):
+            stream = stack.enter_context(tempfile.TemporaryFile())
             ioctl.send(new, ioctl.info(base).number, stream)
             stream.seek(0)
         return Replay().run(commands(stream), mounted)
