@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -194,6 +195,21 @@ class Tree(RuleBasedStateMachine):
         last = max(self.models)
         assert not difference(self.models[last], model), "a change was missed"
         assert not difference(self.rig.contents(last), model)
+        self.check_times(last)
+
+    def check_times(self, number: int) -> None:
+        """A scan compares inode numbers and times of change: it must find them up to date."""
+        history = self.rig.history()
+        found, there = {}, {}
+        for path, _, meta in history.view(number).walk():
+            status = os.lstat(os.fsencode(self.rig.tree) + path)
+            found[path] = (meta.ino, meta.ctime_ns)
+            there[path] = (status.st_ino, status.st_ctime_ns)
+            if not stat.S_ISDIR(status.st_mode):
+                found[path] += (meta.size,)
+                there[path] += (status.st_size,)
+        history.repository.local.close()
+        assert not difference(found, there), "a scan would have found more"
 
     def teardown(self) -> None:
         try:

@@ -286,6 +286,33 @@ def test_the_file_behind_a_loop_device(watched: Watched, tmp_path: Path) -> None
         run("umount", place)
 
 
+def test_an_inode_number_that_is_used_again(watched: Watched) -> None:
+    """What happens in a directory that has the number of one on record is no news of that one."""
+    old = watched.tree / "old"
+    old.mkdir()
+    (old / "file").write_text("of the old one")
+    settle(watched)
+    number, again = old.stat().st_ino, 0
+    shutil.rmtree(old)
+    for turn in range(1000):
+        new = watched.tree / f"new{turn}"
+        new.mkdir()
+        again += new.stat().st_ino == number
+        (new / "file").write_text(f"of the new one {turn}")
+        if again:
+            break
+    assert again, "the number was not used again: no test"
+    (new / "file").rename(new / "renamed")
+    heard(watched)
+    (new / "more").write_text("more")
+    heard(watched)
+    for turn in range(3):
+        shutil.rmtree(watched.tree / f"new{turn}", ignore_errors=True)
+        (watched.tree / f"later{turn}").mkdir()
+        (watched.tree / f"later{turn}" / "file").write_text(f"later {turn}")
+    heard(watched)
+
+
 def test_a_sync_that_fails_forgets_nothing(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
