@@ -398,7 +398,7 @@ class Attempt:
         if self._previous is not None:  # a clock set back must not put snapshots out of order
             taken_ns = max(taken_ns, self._previous.time_ns + 1)
         tags = list(self._job.settings.tags)
-        frozen = source.frozen_ns is not None
+        frozen = source.frozen_ns is not None and source.consistent
         return SnapshotRecord(
             self._snapshot, taken_ns, source.kind, frozen, self._job.host, tags, stats
         )

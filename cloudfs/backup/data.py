@@ -26,6 +26,7 @@ _DIGEST = LOCATION.size - 16  # where the digest stands in a location record
 _LENGTH = LOCATION.size - 20
 _NO_END = 2**40
 
+Extents = Callable[[int, int], list[Range]]
 Adopted = Callable[[Status], dict[int, bytes]]
 
 
@@ -39,8 +40,10 @@ class FileData:
         lin: int,
         base_lin: int,
         ranges: list[Range] | None = None,
+        extents: Extents = data_extents,
     ) -> None:
-        """``ranges``: the bytes that can be others than before (sorted); None for all."""
+        """``ranges``: the bytes that can be others than before (sorted); None for all. ``extents``
+        tells where a sparse file of some size has data."""
         self.fd = fd
         self.status = status
         self.lin = lin
@@ -50,7 +53,7 @@ class FileData:
         self.before: dict[int, bytes] = {}  # location records by base
         self.offered: dict[int, bytes] = {}  # the same, from a sync that did not end
         sparse = status.allocated < status.size
-        self._extents = data_extents(fd, status.size) if sparse else None
+        self._extents = extents(fd, status.size) if sparse else None
         self._starts = [start for start, _ in self._extents or ()]
         self._ranges = ranges if self.own else None
         self._changes = [start for start, _ in self._ranges or ()]

@@ -23,7 +23,7 @@ from cloudfs.backup.packs import Base, Packer
 from cloudfs.core.changelist import Range
 from cloudfs.core.changes import DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
-from cloudfs.source.inode import StatReader, Status, read_flags, read_xattrs, reflink
+from cloudfs.source.inode import StatReader, Status, read_xattrs, reflink
 from cloudfs.source.roots import Roots
 from cloudfs.source.scan import reason
 
@@ -45,14 +45,20 @@ class FileReader:
     """Turns items into rows and blocks in a packer. For one thread."""
 
     def __init__(
-        self, packer: Packer, snapshot: int, block_size: int, describer: Describer, data: DataReader
+        self,
+        packer: Packer,
+        snapshot: int,
+        block_size: int,
+        describer: Describer,
+        data: DataReader,
+        reader: StatReader,
     ) -> None:
         self._packer = packer
         self._snapshot = snapshot
         self._block_size = block_size
         self._describer = describer
         self._data = data
-        self._stat = StatReader()
+        self._stat = reader
         self._flags = _READ | (os.O_NOATIME if os.geteuid() == 0 else 0)
         self.outcome = Outcome()
 
@@ -116,7 +122,7 @@ class FileReader:
             fd = roots.open(_join(task.path, stat.name))
             try:
                 status = self._stat.of(fd)
-                flags = read_flags(fd, status.dev)
+                flags = self._stat.flags(fd, status)
                 self._describer.describe(lin, task.lin, status, read_xattrs(fd), flags)
             finally:
                 os.close(fd)
@@ -145,13 +151,13 @@ class FileReader:
                 status = self._stat.of(fd)
                 if not st.S_ISREG(status.mode):
                     raise FileNotFoundError(errno.ENOENT, "is gone")
-                flags = read_flags(fd, status.dev)
+                flags = self._stat.flags(fd, status)
                 xattrs = read_xattrs(fd)
                 still = reflink(directory, fd) if attempt > 1 and task.part is None else None
                 if still is not None:
                     bases, status = self._read_still(still, status, lin, base_lin, ranges)
                     break
-                data = FileData(fd, status, lin, base_lin, ranges)
+                data = FileData(fd, status, lin, base_lin, ranges, self._stat.extents)
                 bases = self._data.read(data, task.part)
                 if not data.torn and _unchanged(status, os.fstat(fd)):
                     break
@@ -175,7 +181,9 @@ class FileReader:
         try:
             copy = self._stat.of(fd)
             status = status._replace(size=copy.size, allocated=copy.allocated)
-            return self._data.read(FileData(fd, status, lin, base_lin, ranges), None), status
+            return self._data.read(
+                FileData(fd, status, lin, base_lin, ranges, self._stat.extents), None
+            ), status
         finally:
             os.close(fd)
 
@@ -192,7 +200,7 @@ class FileReader:
             status = self._stat.of(fd)
             if not _as_listed(stat, status):
                 return False
-            flags = read_flags(fd, status.dev)
+            flags = self._stat.flags(fd, status)
             xattrs = read_xattrs(fd)
         except OSError:
             return False  # the long way says what is wrong

@@ -40,7 +40,7 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
         lease, took_over = stack.enter_context(held_lease(job, history, events))
         state = stack.enter_context(contextlib.closing(SyncState(directory, writer=True)))
         source = stack.enter_context(_ready(job, directory, state, history, events))
-        places = RootPlaces(job.settings.sources, source.at, source.nested)
+        places = RootPlaces(job.settings.sources, source.at, source.nested, source.through_mount)
         roots = stack.enter_context(contextlib.closing(Roots(places)))
 
         def begin() -> Attempt:
@@ -78,6 +78,14 @@ def _ready(
             settings.sources, job.record.id, directory / "btrfs", settings.filters.leaves_out
         )
         return btrfs.ready(state.head.snapshot, state.head.taken_ns)
+    if chosen == "live":
+        from cloudfs.source.live.protocol import Base
+        from cloudfs.source.live.session import LiveSource
+
+        live = LiveSource(settings.sources, job.repository.local.live_dir(settings.name))
+        base = Base(state.head.snapshot, state.head.taken_ns)
+        whole = bool(settings.verify or state.head.again or state.head.unread)
+        return live.ready(settings.name, base, whole=whole)
     if chosen == "watch":
         from cloudfs.source.watch.session import WatchSource
 

@@ -257,7 +257,8 @@ class Verifier:
                 found.differences.append(difference)
             return
         try:
-            status = StatReader().of(fd)
+            reader = self.against.roots.reader()
+            status = reader.of(fd)
             noted = self.against.noted.noted
             if lin not in noted and not _as_listed(stat, status):
                 if self.against.changelist and not self._as_described(lin, status):
@@ -266,7 +267,7 @@ class Verifier:
                     return
                 if not self.against.changelist:
                     return  # it changed since it was listed: the next sync takes it
-            same, count = self._data(fd, status, meta, noted.get(lin))
+            same, count = self._data(fd, status, meta, noted.get(lin), reader)
             found.files += 1
             found.bytes += count
             if not same and _unchanged(status, os.fstat(fd)):
@@ -275,12 +276,12 @@ class Verifier:
             os.close(fd)
 
     def _data(
-        self, fd: int, status: Status, meta: Meta, ranges: list[Range] | None
+        self, fd: int, status: Status, meta: Meta, ranges: list[Range] | None, reader: StatReader
     ) -> tuple[bool, int]:
         """Whether the blocks of an open file are those of the last snapshot, but for ``ranges``;
         and how many bytes were read to know that."""
         size, block_size = status.size, meta.block_size
-        data = FileData(fd, status, meta.lin, meta.lin, ranges)
+        data = FileData(fd, status, meta.lin, meta.lin, ranges, reader.extents)
         buffer = _buffer(block_size)
         read = 0
         bases = -(-size // (block_size * BASE_BLOCKS))

@@ -19,7 +19,6 @@ from cloudfs.core.rows import ROOT_LIN, Entry, Meta
 from cloudfs.core.treediff import TreeDiff, Visit, fingerprint
 from cloudfs.db.state import SyncState
 from cloudfs.repo.view import SnapshotView
-from cloudfs.source.inode import StatReader
 from cloudfs.source.roots import Roots
 from cloudfs.source.scan import ScanOutcome, ScanPart
 
@@ -61,7 +60,7 @@ class Walk:
         self._queue = queue
         self._trust = trust
         self._snapshot = view.number + 1 if view is not None else 1
-        self._stat = StatReader()
+        self._stat = roots.reader()
         self.first = view is None
         self.diff = TreeDiff(next_lin, first=self.first, stable_inodes=stable_inodes)
         self.counts = Counts()

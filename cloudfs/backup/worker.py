@@ -142,7 +142,7 @@ class Worker:
         data = DataReader(
             packer, block_size, seed, view, self._adopted if context.adopting else None
         )
-        reader = FileReader(packer, snapshot, block_size, describer, data)
+        reader = FileReader(packer, snapshot, block_size, describer, data, self._roots.reader())
         items = 0
         for task in assignment.tasks:
             reader.run(self._roots, task)

@@ -26,20 +26,40 @@ DIRECTORY = click.Path()
 
 @click.command()
 @click.argument("policy", type=options.POLICY, metavar="POLICY|URL")
-@click.argument("directory", type=DIRECTORY, metavar="DIR")
+@click.argument("directory", required=False, type=DIRECTORY, metavar="[DIR]")
+@click.option("--live", is_flag=True, help="Mount the tree itself, and mark what changes in it.")
+@click.option("--no-tracking", is_flag=True, hidden=True, help="To measure what marking costs.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay until unmounted; Ctrl-C unmounts.")
 @click.option("--allow-other", is_flag=True, help="Let other users in, as file modes allow.")
 @options.json_option
 @options.store_options
 @options.pass_app
-def mount(app: App, policy: str, directory: str, foreground: bool, allow_other: bool) -> None:
+def mount(
+    app: App,
+    policy: str,
+    directory: str | None,
+    live: bool,
+    no_tracking: bool,
+    foreground: bool,
+    allow_other: bool,
+) -> None:
     """Show the snapshots of a policy below DIR, read-only, fetching what is read.
 
     Given the URL of a repository that holds several policies, DIR has a directory for each.
+
+    With --live the tree of the policy is mounted, over itself where no DIR is given, to be read and
+    written as before; its syncs then know what changed, and each is one point in time.
     """
     _check_programs()
     from cloudfs.fuse import mountpoint
 
+    if live:
+        from cloudfs.cli.live import mount_live
+
+        mount_live(app, policy, directory, foreground=foreground, tracking=not no_tracking)
+        return
+    if directory is None:
+        raise UsageError("name a directory to mount on: cloudfs mount POLICY DIR.")
     mountpoint.check(directory)
     if foreground:
         job, words = _job(app, policy, directory, allow_other=allow_other)
@@ -47,7 +67,7 @@ def mount(app: App, policy: str, directory: str, foreground: bool, allow_other: 
 
         serve(job, lambda: _announce(app, job, words))
         return
-    with _daemon() as daemon:
+    with waiting_daemon() as daemon:
         job, words = _job(app, policy, directory, allow_other=allow_other)
         log = app.environment.state_dir / LOG_NAME
         daemon.mount(dataclasses.replace(job, log_file=log))
@@ -65,7 +85,7 @@ def _check_programs() -> None:
 
 
 @contextlib.contextmanager
-def _daemon() -> Iterator[Daemon]:
+def waiting_daemon() -> Iterator[Daemon]:
     from cloudfs.fuse.daemon import Daemon
 
     daemon = Daemon()  # imports while the repository is being opened here

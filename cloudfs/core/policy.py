@@ -31,9 +31,9 @@ DEFAULT_PACK_SIZE = 32 * MIB
 MIN_PACK_SIZE, MAX_PACK_SIZE = 4 * MIB, 256 * MIB
 DEFAULT_PACK_TIME_LIMIT_S = 300.0
 DEFAULT_EXTERNAL_TIMEOUT_S = 600.0
+DEFAULT_KEPT_ROOM = 1024 * MIB
 MAX_WORKERS = 1024
-SOURCES = ("auto", "scan", "btrfs", "watch", "external")
-LATER_SOURCES = ("live",)
+SOURCES = ("auto", "scan", "btrfs", "watch", "live", "external")
 _SHOWN_SOURCES = ", ".join(f'"{word}"' for word in SOURCES[:-1]) + f' or "{SOURCES[-1]}"'
 
 _NAME = re.compile(r"\w[\w.-]*")
@@ -56,6 +56,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     external_changes: tuple[str, ...] = ()
     external_release: tuple[str, ...] = ()
     external_timeout_s: float = DEFAULT_EXTERNAL_TIMEOUT_S
+    kept_room: int = DEFAULT_KEPT_ROOM
+    when_full: str = "wait"  # or "inconsistent"
+    sync_on: str = "batch"  # or "write", or a duration as it was written
     block_size: int = DEFAULT_BLOCK_SIZE
     pack_size: int = DEFAULT_PACK_SIZE
     pack_time_limit_s: float = DEFAULT_PACK_TIME_LIMIT_S
@@ -151,10 +154,27 @@ def check_url(value: object) -> str:
 
 def _snapshot(value: object) -> str:
     word = _text(value)
-    if word in LATER_SOURCES:
-        raise ValueError(f'"{word}" is not possible yet; write {_SHOWN_SOURCES}')
     if word not in SOURCES:
         raise ValueError(f'"{word}" is no way to find changes; write {_SHOWN_SOURCES}')
+    return word
+
+
+def _when_full(value: object) -> str:
+    word = _text(value)
+    if word not in ("wait", "inconsistent"):
+        raise ValueError(f'"{word}" is neither "wait" nor "inconsistent"')
+    return word
+
+
+def _sync_on(value: object) -> str:
+    word = _text(value)
+    if word not in ("batch", "write"):
+        try:
+            seconds = human.parse_duration(word)
+        except ValueError:
+            raise ValueError(f'"{word}" is neither "batch", "write" nor a time') from None
+        if seconds < 1:
+            raise ValueError("a second or more is wanted")
     return word
 
 
@@ -285,6 +305,11 @@ KEYS: dict[str, Key] = {
     "external_timeout": Key(
         "external_timeout_s", _time_limit, _written_seconds, "How long each of them may take."
     ),
+    "kept_room": Key(
+        "kept_room", _size, _written_size, "What a live mount may keep of what is overwritten."
+    ),
+    "when_full": Key("when_full", _when_full, _quoted, 'Then: "wait", or "inconsistent".'),
+    "sync_on": Key("sync_on", _sync_on, _quoted, 'Continuous syncs: "batch", "write", "15 min".'),
     "block_size": Key(
         "block_size", _block_size, _written_size, "64, 128 or 256 KiB, for files new from now on."
     ),

@@ -50,6 +50,10 @@ class LocalState:
         """Where the watch daemon of the policy of this name on this machine has its place."""
         return self.state_dir / "watch" / name
 
+    def live_dir(self, name: str) -> Path:
+        """Where the live mount of the policy of this name on this machine has its place."""
+        return self.state_dir / "live" / name
+
     def is_new(self, policy_id: str) -> bool:
         """Whether this machine never synced a policy, to any repository."""
         return not any((self.state_dir / "policies").glob(f"*-{policy_id[:16]}"))

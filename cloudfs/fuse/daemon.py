@@ -28,6 +28,7 @@ from cloudfs.core.errors import CloudfsError
 
 if TYPE_CHECKING:
     from cloudfs.fuse.job import MountJob
+    from cloudfs.fuse.live.job import LiveJob
 
 LOG_BYTES = 1 << 20
 SECRETS = "CLOUDFS_PASSPHRASE"
@@ -58,7 +59,7 @@ class Daemon:
         """The process id, by which the mount can be told to end (SIGTERM)."""
         return self._process.pid
 
-    def mount(self, job: MountJob) -> None:
+    def mount(self, job: MountJob | LiveJob) -> None:
         """Hand the job over and return when the mount is there. Raises what kept it from that."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -97,7 +98,7 @@ class Daemon:
         return self._process.wait(timeout_s)
 
 
-def log_to(job: MountJob) -> None:
+def log_to(job: MountJob | LiveJob) -> None:
     """Send what goes wrong from now on to the job's log file, if it has one."""
     if job.log_file is None:
         return
@@ -111,13 +112,14 @@ def log_to(job: MountJob) -> None:
 
 def main() -> int:
     """The process itself. Returns its exit code."""
-    from cloudfs.fuse.mount import serve  # while the command opens the repository
+    from cloudfs.fuse.live.serve import serve as serve_live
+    from cloudfs.fuse.mount import MountJob, serve  # while the command opens the repository
 
     received = sys.stdin.buffer.read()
     if not received:
         return 0
     _return_memory()
-    job: MountJob = pickle.loads(received)
+    job: MountJob | LiveJob = pickle.loads(received)
     del received
     os.chdir("/")
     answered = False
@@ -132,7 +134,10 @@ def main() -> int:
 
     try:
         log_to(job)
-        serve(job, lambda: answer(None))
+        if isinstance(job, MountJob):
+            serve(job, lambda: answer(None))
+        else:
+            serve_live(job, lambda: answer(None))
     except CloudfsError as error:
         answer(error)
         logging.getLogger(__name__).error("%s", error)

@@ -12,21 +12,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pyfuse3
 import trio
 
-from cloudfs.core.errors import CloudfsError
 from cloudfs.db.local import LocalState
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.job import MountJob, job_of
+from cloudfs.fuse.mounting import GRACE_S, init, raise_read_ahead
 from cloudfs.fuse.newcomers import Newcomers
 from cloudfs.fuse.patience import PatientStore
 from cloudfs.fuse.tree import Tree
@@ -37,16 +34,12 @@ from cloudfs.store.open import open_store
 
 __all__ = ["MountJob", "job_of", "serve"]
 
-READ_AHEAD_KIB = 4096
 RETRY_S = 30.0
 """A read of a store that is down fails after this long: longer than a hiccup, not forever."""
 
 REFRESH_NEAR_S = 1.0
 REFRESH_FAR_S = 5.0
 """How old the list of snapshots may be, where looking is free and where it is a request."""
-
-GRACE_S = 2.0
-"""How long open questions may take when the mount is to end."""
 
 
 def serve(job: MountJob, ready: Callable[[], None]) -> None:
@@ -62,7 +55,7 @@ def serve(job: MountJob, ready: Callable[[], None]) -> None:
     finder = Newcomers(repository) if job.whole else None
     tree = Tree(histories, uid=os.geteuid(), gid=os.getegid(), finder=finder)
     view = View(tree, refresh_s=REFRESH_NEAR_S if near else REFRESH_FAR_S)
-    _init(view, path, _options(store.url, allow_other=job.allow_other))
+    init(view, path, _options(store.url, allow_other=job.allow_other))
     try:
         trio.run(_run, view, store, path, ready)
     finally:
@@ -73,36 +66,6 @@ def _options(url: str, *, allow_other: bool) -> set[str]:
     source = url.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
     options = {"default_permissions", "ro", f"fsname={source}", f"subtype={places.SUBTYPE}"}
     return options | {"allow_other"} if allow_other else options
-
-
-def _init(view: View, path: str, options: set[str]) -> None:
-    """Mount. What the libraries print on failure becomes part of the sentence."""
-    if not os.path.exists("/dev/fuse"):
-        raise CloudfsError("there is no /dev/fuse; load the kernel module: `modprobe fuse`.")
-    with _stderr() as said:
-        try:
-            pyfuse3.init(view, path, options)
-        except RuntimeError as error:
-            reason = said() or str(error)
-            raise CloudfsError(f"{path} could not be mounted: {reason}.") from None
-
-
-@contextlib.contextmanager
-def _stderr() -> Iterator[Callable[[], str]]:
-    """Catch what is written to file descriptor 2, by child processes too."""
-    with tempfile.TemporaryFile() as caught:
-        kept = os.dup(2)
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield lambda: _last_line(os.pread(caught.fileno(), 4096, 0))
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _last_line(said: bytes) -> str:
-    lines = said.decode(errors="replace").strip().splitlines()
-    return lines[-1].rstrip(".") if lines else ""
 
 
 async def _run(view: View, store: PatientStore, path: str, ready: Callable[[], None]) -> None:
@@ -117,7 +80,7 @@ async def _run(view: View, store: PatientStore, path: str, ready: Callable[[], N
 async def _announce(path: str, ready: Callable[[], None]) -> None:
     """Say that the mount is there when it answers: only then does the kernel know its limits."""
     await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
-    _raise_read_ahead(path)
+    raise_read_ahead(places.device_of(path))
     ready()
 
 
@@ -127,12 +90,3 @@ async def _end_on_signal(nursery: trio.Nursery) -> None:
             pyfuse3.terminate()
             await trio.sleep(GRACE_S)
             nursery.cancel_scope.cancel()
-
-
-def _raise_read_ahead(path: str) -> None:
-    """Let the kernel read more than 128 KiB ahead. Only root may; others read more slowly."""
-    device = places.device_of(path)
-    if device is None:
-        return
-    with contextlib.suppress(OSError):
-        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))

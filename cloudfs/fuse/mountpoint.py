@@ -17,18 +17,22 @@ from pathlib import Path
 from cloudfs.core.errors import CloudfsError, UsageError
 
 SUBTYPE = "cloudfs"
+LIVE_SUBTYPE = "cloudfs-live"
 MOUNTINFO = Path("/proc/self/mountinfo")
+_KINDS = (f"fuse.{SUBTYPE}".encode(), f"fuse.{LIVE_SUBTYPE}".encode())
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Mounted:
-    """One cloudfs mount of this machine: where, of what repository, its device "major:minor"."""
+    """One cloudfs mount of this machine: where, of what repository (a live one: of what directory),
+    its device "major:minor"."""
 
     mountpoint: str
     url: str
     device: str
     alive: bool
+    live: bool = False
 
 
 def mounts() -> list[Mounted]:
@@ -37,10 +41,11 @@ def mounts() -> list[Mounted]:
     for line in MOUNTINFO.read_bytes().splitlines():
         fields, _, rest = line.partition(b" - ")
         kind, source = rest.split(b" ")[:2]
-        if kind == b"fuse." + SUBTYPE.encode():
+        if kind in _KINDS:
             path = os.fsdecode(_unescape(fields.split(b" ")[4]))
             device = fields.split(b" ")[2].decode()
-            found.append(Mounted(path, os.fsdecode(_unescape(source)), device, _alive(path)))
+            live = kind == _KINDS[1]
+            found.append(Mounted(path, os.fsdecode(_unescape(source)), device, _alive(path), live))
     return found
 
 

@@ -12,7 +12,7 @@ def choose(wanted: str, sources: list[bytes]) -> str:
 
     Raises SourceError where what is wanted cannot be.
     """
-    if wanted in ("scan", "watch", "external"):
+    if wanted in ("scan", "watch", "live", "external"):
         return wanted
     from cloudfs.source.btrfs import subvolume
 

@@ -62,7 +62,11 @@ class Status(NamedTuple):
 
 
 class StatReader:
-    """Calls statx into a buffer of its own; not for several threads."""
+    """Reads what there is to know of items: by statx, into a buffer of its own; not for several
+    threads."""
+
+    inode_mask = -1
+    """What of an inode number is the item's own."""
 
     def __init__(self) -> None:
         self._buffer = ctypes.create_string_buffer(256)
@@ -94,6 +98,14 @@ class StatReader:
             os.makedev(dev_major, dev_minor),
         )
 
+    def flags(self, fd: int, status: Status) -> int:
+        """The inode flags that chattr(1) can set, of an open file or directory."""
+        return read_flags(fd, status.dev)
+
+    def extents(self, fd: int, size: int) -> list[tuple[int, int]]:
+        """The [start, end) byte ranges of an open file that are not holes."""
+        return data_extents(fd, size)
+
 
 def open_directory(root_fd: int, path: bytes) -> int:
     """Open a directory below an open one; ``path`` may be longer than the kernel takes at once.
@@ -115,9 +127,10 @@ def open_directory(root_fd: int, path: bytes) -> int:
             os.close(fd)
 
 
-def read_xattrs(target: int | bytes) -> dict[bytes, bytes] | None:
-    """All extended attributes of an open file or of a path (a symlink's own); None for none."""
-    follow = isinstance(target, int)
+def read_xattrs(target: int | bytes, *, follow: bool = False) -> dict[bytes, bytes] | None:
+    """All extended attributes of an open file or of a path (a symlink's own, but for ``follow``);
+    None for none."""
+    follow = follow or isinstance(target, int)
     try:
         names = os.listxattr(target, follow_symlinks=follow)
     except OSError as error:

@@ -23,6 +23,8 @@ class Ready:
     nested: dict[bytes, bytes] = field(default_factory=dict)
     changes: Changelist | None = None
     frozen_ns: int | None = None
+    through_mount: bool = False  # it is read through what a live mount holds frozen
+    consistent: bool = True  # where it stood still: whether all of it did, till the end
     stable_inodes: bool = False  # an inode number is never given twice, in all of the tree
     notes: list[str] = field(default_factory=list)
     # What changed since the source looked, where the tree did not stand still; None: not known.

@@ -13,7 +13,8 @@ import msgspec
 
 from cloudfs.core.changes import Stat, encode_listing
 from cloudfs.core.errors import SourceError, UsageError
-from cloudfs.source.inode import open_directory
+from cloudfs.source.inode import StatReader, open_directory
+from cloudfs.source.live.reading import FrozenReader
 
 HOLDING = b".cloudfs-snapshots"
 """The directory at the top of a source that holds snapshots of it; never backed up."""
@@ -32,11 +33,13 @@ def root_names(sources: list[bytes]) -> list[bytes]:
 
 class RootPlaces(msgspec.Struct, frozen=True):
     """The sources, where each is read (itself, or a snapshot of it), and where what stands empty
-    in a snapshot is read, by path below the root."""
+    in a snapshot is read, by path below the root. ``through_mount``: they are read through what a
+    live mount holds frozen."""
 
     sources: list[bytes]
     at: list[bytes]
     nested: dict[bytes, bytes] = {}
+    through_mount: bool = False
 
 
 class Roots:
@@ -45,6 +48,7 @@ class Roots:
     def __init__(self, places: RootPlaces) -> None:
         """Raises SourceError where a source is not there, UsageError where two share a name."""
         self.many = len(places.sources) > 1
+        self._through_mount = places.through_mount
         names = root_names(places.sources)
         self._by_name: dict[bytes, int] = {}
         self._nested: dict[bytes, int] = {}
@@ -59,6 +63,10 @@ class Roots:
             raise
         if not self.many:
             self._single = self._by_name[names[0]]
+
+    def reader(self) -> StatReader:
+        """Something that reads what there is to know of items here. For one thread."""
+        return FrozenReader() if self._through_mount else StatReader()
 
     def fd_of(self, path: bytes) -> tuple[int, bytes]:
         """The descriptor of what holds a path (a source, or what is nested in one), and the path

@@ -95,8 +95,10 @@ class Scanner:
     # Single entries that cannot be looked at: path, reason. Whoever visits takes them from here.
     unlisted: list[tuple[bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
+    _mask: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
+        self._mask = self.roots.reader().inode_mask
         if self.filters.excludes:
             self._matcher = Matcher(self.filters.excludes)
 
@@ -138,19 +140,20 @@ class Scanner:
         root_fd, below = self.roots.fd_of(path)
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, inode)
+            dev = check_inode(fd, inode, self._mask)
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
             refused: list[tuple[bytes, OSError]] = []
-            entries = [] if foreign else _list(fd, dev, refused)
+            entries = [] if foreign else _list(fd, dev, self._mask, refused)
             if refused:
                 self._refuse(path, entries, refused, record)
             if not below:
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             for name, nested_fd in self.roots.nested_in(path).items():
                 entries = [
-                    e if e[0] != name else _raw(name, os.fstat(nested_fd), dev) for e in entries
+                    e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, self._mask)
+                    for e in entries
                 ]
             if self.filters.by_name:
                 entries = self._filtered(entries, below, fd)
@@ -193,7 +196,7 @@ class Scanner:
         nested = self.roots.nested_in(change.path)
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, change.inode)
+            dev = check_inode(fd, change.inode, self._mask)
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []
@@ -204,7 +207,7 @@ class Scanner:
                     continue
                 try:
                     status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    again.append(_raw(name, status, dev))
+                    again.append(_raw(name, status, dev, self._mask))
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -212,7 +215,10 @@ class Scanner:
             self._refuse(change.path, again, refused, record)
             if self.filters.by_name:
                 again = self._filtered(again, below, fd)
-            again.extend(_raw(name, os.fstat(nested_fd), dev) for name, nested_fd in nested.items())
+            again.extend(
+                _raw(name, os.fstat(nested_fd), dev, self._mask)
+                for name, nested_fd in nested.items()
+            )
         finally:
             os.close(fd)
         known.update((entry[0], entry) for entry in again)
@@ -279,7 +285,7 @@ class Matcher:
         return self._spec.match_file(os.fsdecode(path) + ("/" if is_dir else ""))
 
 
-def _list(fd: int, dev: int, refused: list[tuple[bytes, OSError]]) -> list[RawEntry]:
+def _list(fd: int, dev: int, mask: int, refused: list[tuple[bytes, OSError]]) -> list[RawEntry]:
     """The entries of a directory by name; what cannot be looked at goes to ``refused``."""
     entries: list[RawEntry] = []
     append = entries.append
@@ -287,7 +293,7 @@ def _list(fd: int, dev: int, refused: list[tuple[bytes, OSError]]) -> list[RawEn
         for entry in listing:
             name = entry.name.encode("utf-8", "surrogateescape")
             try:
-                append(_raw(name, entry.stat(follow_symlinks=False), dev))
+                append(_raw(name, entry.stat(follow_symlinks=False), dev, mask))
             except FileNotFoundError:
                 continue  # removed since the directory was read
             except OSError as error:
@@ -296,12 +302,13 @@ def _list(fd: int, dev: int, refused: list[tuple[bytes, OSError]]) -> list[RawEn
     return entries
 
 
-def _raw(name: bytes, status: os.stat_result, dev: int) -> RawEntry:
-    """An entry of a listing, in a directory on device ``dev``."""
+def _raw(name: bytes, status: os.stat_result, dev: int, mask: int) -> RawEntry:
+    """An entry of a listing, in a directory on device ``dev``. ``mask``: what of an inode number
+    is the item's own."""
     return (
         name,
         status.st_mode,
-        status.st_ino,
+        status.st_ino & mask,
         status.st_nlink,
         status.st_uid,
         status.st_gid,
@@ -348,11 +355,11 @@ def _describe(
     return DirScan(lin, path, dev, signature, listing, subdirs, links, doubtful, counts)
 
 
-def check_inode(fd: int, inode: int) -> int:
+def check_inode(fd: int, inode: int, mask: int = -1) -> int:
     """The device of an open directory; raises FileNotFoundError where it is not the one with this
     inode number (0: any is right)."""
     status = os.fstat(fd)
-    if inode not in (0, status.st_ino):
+    if inode not in (0, status.st_ino & mask):
         raise FileNotFoundError(errno.ENOENT, "is gone")
     return status.st_dev
 

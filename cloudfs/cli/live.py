@@ -1,0 +1,81 @@
+"""``cloudfs mount --live``: the tree itself, with what changes in it marked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from cloudfs.cli.app import App
+from cloudfs.cli.mount import LOG_NAME, waiting_daemon
+from cloudfs.cli.output import quote_path
+from cloudfs.core.errors import UsageError
+from cloudfs.fuse.live.job import LiveJob
+
+
+def mount_live(
+    app: App, name: str, directory: str | None, *, foreground: bool, tracking: bool
+) -> None:
+    """Mount a policy's tree, and return when it is there or (``foreground``) when it has ended."""
+    job = _job(app, name, directory, tracking=tracking)
+    if foreground:
+        from cloudfs.fuse.live.serve import serve
+
+        serve(job, lambda: _announce(app, job))
+        return
+    with waiting_daemon() as daemon:
+        daemon.mount(dataclasses.replace(job, log_file=app.environment.state_dir / LOG_NAME))
+    _announce(app, job)
+
+
+def _job(app: App, name: str, directory: str | None, *, tracking: bool) -> LiveJob:
+    if os.geteuid() != 0:
+        raise UsageError("a live mount needs root: it acts as whoever uses it.")
+    policy = app.policies.load(name).policy
+    if policy.snapshot != "live":
+        raise UsageError(
+            f"{name} finds what changed by {policy.snapshot}; `cloudfs policy set {name}"
+            " --snapshot live` lets its syncs go by a live mount."
+        )
+    if len(policy.sources) != 1:
+        raise UsageError(
+            f"{name} has {len(policy.sources)} sources, and a live mount shows one; make a policy"
+            " for each."
+        )
+    source = os.path.realpath(policy.sources[0])
+    mountpoint = source if directory is None else os.path.realpath(directory)
+    _check_mountpoint(source, mountpoint)
+    return LiveJob(
+        source,
+        mountpoint,
+        app.local_state().live_dir(name),
+        name,
+        policy.block_size,
+        policy.kept_room,
+        policy.when_full == "wait",
+        policy.one_file_system,
+        tracking,
+    )
+
+
+def _check_mountpoint(source: str, mountpoint: str) -> None:
+    from cloudfs.fuse import mountpoint as places
+
+    dead = any(m.mountpoint == mountpoint and m.live and not m.alive for m in places.mounts())
+    if mountpoint != source and not dead:
+        places.check(mountpoint)
+        if os.path.commonpath([source, mountpoint]) == source:
+            raise UsageError(f"{mountpoint} is within {source}; mount elsewhere, or over {source}.")
+
+
+def _announce(app: App, job: LiveJob) -> None:
+    shown = quote_path(os.fsencode(job.mountpoint))
+    if app.output.json:
+        app.output.event(
+            {"mountpoint": job.mountpoint, "source": job.source, "policies": [job.name]}
+        )
+        return
+    where = "over itself" if job.over_source else f"at {shown}"
+    app.output.say(
+        f"{job.name} is mounted live {where}: what changes there is marked, and syncs read one"
+        f" point in time. To stop: cloudfs umount {shown}"
+    )

@@ -1,0 +1,161 @@
+"""System calls that Python does not have: acting as another user, renaming with flags, file
+handles, leaving a mount behind.
+
+Users, groups and capabilities belong to a thread in Linux. All that changes the tree is done on the
+one thread that serves the kernel, so these functions are for that thread alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import struct
+from collections.abc import Iterator
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_renameat2 = _libc.renameat2
+_renameat2.argtypes = (
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
+)  # fmt: skip
+_name_to_handle_at = _libc.name_to_handle_at
+_name_to_handle_at.argtypes = (
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
+)  # fmt: skip
+_open_by_handle_at = _libc.open_by_handle_at
+_open_by_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_setfsuid, _setfsgid = _libc.setfsuid, _libc.setfsgid
+_mount = _libc.mount
+_mount.argtypes = (
+    ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p,
+)  # fmt: skip
+
+_AT_EMPTY_PATH = 0x1000
+_MAX_HANDLE = 128
+_HANDLE_HEAD = struct.Struct("=Ii")  # length, type
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
+_CAPABILITY_VERSION_3 = 0x2008_0522
+_CAP_FSETID = 1 << 4
+_CLONE_NEWNS = 0x0002_0000
+_CLONE_FS = 0x0200
+_MNT_DETACH = 2
+_MS_REC, _MS_SLAVE = 0x4000, 0x80000
+
+
+def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
+    """**renameat2**\\(2). Raises OSError."""
+    if _renameat2(old_fd, old, new_fd, new, flags):
+        raise _error()
+
+
+def handle_of(fd: int) -> bytes:
+    """What the item behind a descriptor can be opened by later. Raises OSError where the file
+    system has no such handles."""
+    buffer = ctypes.create_string_buffer(_HANDLE_HEAD.size + _MAX_HANDLE)
+    _HANDLE_HEAD.pack_into(buffer, 0, _MAX_HANDLE, 0)
+    mount = ctypes.c_int()
+    if _name_to_handle_at(fd, b"", buffer, ctypes.byref(mount), _AT_EMPTY_PATH):
+        raise _error()
+    length, _ = _HANDLE_HEAD.unpack_from(buffer)
+    return buffer.raw[: _HANDLE_HEAD.size + length]
+
+
+def open_handle(mount_fd: int, handle: bytes) -> int:
+    """An O_PATH descriptor of what a handle stands for, on the file system of another one, which
+    must be open for reading. Raises OSError (ESTALE where it is gone)."""
+    fd = _open_by_handle_at(mount_fd, handle, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if fd < 0:
+        raise _error()
+    return int(fd)
+
+
+class Caller:
+    """Who the serving thread is to the file system beneath.
+
+    Whoever may do what is judged by the kernel before it asks (``default_permissions``). What is
+    left to do is to own what is made as the caller would, and to lose setuid, setgid and
+    capabilities of a file where the caller's write would: that is CAP_FSETID, or the lack of it.
+    """
+
+    def __init__(self) -> None:
+        self._can = os.geteuid() == 0
+        self._owner = (os.geteuid(), os.getegid())
+        self._keeps = True
+        if self._can:
+            _libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
+            self._header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+            self._full = ctypes.create_string_buffer(24)
+            _libc.capget(self._header, self._full)
+            lowered = bytearray(self._full.raw)
+            lowered[0] &= ~_CAP_FSETID
+            self._lowered = bytes(lowered)
+
+    def own_as(self, uid: int, gid: int) -> None:
+        """What is made from now on belongs to this user and group."""
+        if self._owner != (uid, gid) and self._can:
+            _setfsgid(gid)
+            _setfsuid(uid)
+            self._owner = (uid, gid)
+
+    def keep_privileges(self, keep: bool) -> None:
+        """Whether files that are written to from now on keep setuid and setgid."""
+        if self._keeps != keep and self._can:
+            if _libc.capset(self._header, self._full.raw if keep else self._lowered):
+                raise _error()
+            self._keeps = keep
+
+
+class MountNamespace:
+    """The mounts that this process sees now, to be seen again later."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+    def enter(self) -> None:
+        """See them again, on this thread. Raises OSError."""
+        if _libc.unshare(_CLONE_FS) or _libc.setns(self._fd, _CLONE_NEWNS):
+            raise _error()
+
+
+def leave_mount(path: str) -> None:
+    """Let this process, and it alone, see what lies beneath the mount at ``path``.
+
+    So nothing that it opens by a path (its log, its state) can lead to a question that only it
+    could answer. Mounts that others make are still seen. Call it before there are threads. Raises
+    OSError.
+    """
+    if (
+        _libc.unshare(_CLONE_NEWNS)
+        or _mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
+        or _libc.umount2(os.fsencode(path), _MNT_DETACH)
+    ):
+        raise _error()
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may; returns how many that are."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError), open("/proc/sys/fs/nr_open") as file:
+        most = int(file.read())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return most
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@contextlib.contextmanager
+def opened(path: bytes, flags: int) -> Iterator[int]:
+    """An open file that is closed again."""
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))

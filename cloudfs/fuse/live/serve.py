@@ -1,0 +1,191 @@
+"""One live mount, from the job to its end.
+
+1. The tree is reached by a descriptor of the source, and by what is opened through it.
+2. Once it is mounted, the process leaves the mount behind (:func:`calls.leave_mount`) and opens the
+   source anew, where nothing is mounted over it. So nothing that it opens by a path, its state or
+   its log, leads to a question that it would have to answer, and neither does "..".
+3. A mount of the same tree whose process died is taken away and this one put in its place at once.
+   Only then are the marks of that one believed.
+4. When it ends, by being unmounted or by a signal, the tree beneath is as it was written: nothing
+   is held back.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from cloudfs.core.errors import UsageError
+from cloudfs.db.cache import boot_id
+from cloudfs.db.marked import MarkedSet
+from cloudfs.fuse import mountpoint as places
+from cloudfs.fuse.live import calls
+from cloudfs.fuse.live.control import Control, Terms
+from cloudfs.fuse.live.inodes import Inode, Inodes
+from cloudfs.fuse.live.job import LiveJob
+from cloudfs.fuse.live.operations import LiveMount
+from cloudfs.fuse.live.tracking import Tracker
+from cloudfs.fuse.live.tree import LiveTree
+from cloudfs.fuse.mounting import GRACE_S, init, raise_read_ahead
+from cloudfs.source.inode import StatReader
+from cloudfs.source.live.protocol import LOCK, MARKS, SOCKET
+
+SPARE_FILES = 1024
+"""Descriptors that are left for open files, at the least, when many items are known."""
+
+
+def serve(job: LiveJob, ready: Callable[[], None]) -> None:
+    """Mount, call ``ready``, answer until the end. Raises CloudfsError, OSError."""
+    directory = job.directory
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = _lock(directory, job)
+    covered = _replace_dead(job.mountpoint)
+    source_fd = _open_source(job.source)
+    marks = MarkedSet(directory / MARKS)
+    listener, directory_fd = _listen(directory)
+    os.umask(0)
+    limit = calls.raise_file_limit()
+    inodes = Inodes(source_fd, max(limit // 2, limit - 400_000, SPARE_FILES))
+    tracker = Tracker(marks, job.block_size)
+    tree = LiveTree(inodes, tracker if job.tracking else None)
+    mount = LiveMount(tree)
+    control = Control(
+        mount,
+        tree,
+        tracker,
+        _terms(job, inodes, directory_fd),
+        mountpoint=os.fsencode(job.mountpoint),
+        source=os.fsencode(job.source),
+    )
+    host = calls.MountNamespace()
+    init(mount, job.mountpoint, _options(job))
+    device = places.device_of(job.mountpoint) or ""
+    try:
+        calls.leave_mount(job.mountpoint)
+        inodes.enter(_open_source(job.source))
+        tracker.begin(boot_id(), _identity(inodes.root.fd), device, covered)
+        if not job.tracking:
+            tracker.lost[0] = "changes are not noted (--no-tracking)"
+        trio.run(_run, mount, control, listener, device, ready)
+    finally:
+        host.enter()
+        still = places.device_of(job.mountpoint) == device
+        pyfuse3.close(unmount=still)
+        (directory / SOCKET).unlink(missing_ok=True)
+        marks.close()
+        os.close(lock)
+
+
+def _options(job: LiveJob) -> set[str]:
+    source = job.source.encode("ascii", "replace").decode().replace("\\", "\\\\")
+    source = source.replace(",", "\\,")
+    return {
+        "default_permissions",
+        "allow_other",
+        "dev",
+        "suid",
+        f"fsname={source}",
+        f"subtype={places.LIVE_SUBTYPE}",
+    }
+
+
+def _terms(job: LiveJob, inodes: Inodes, directory_fd: int) -> Terms:
+    def store_fd() -> int:
+        flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+        return os.open(b"/proc/self/fd/%d" % directory_fd, flags, 0o600)
+
+    def crosses(inode: Inode) -> bool:
+        return job.one_file_system and inode.dev != inodes.dev
+
+    return Terms(job.room_bytes, job.waits, job.block_size, store_fd, crosses)
+
+
+async def _run(
+    mount: LiveMount,
+    control: Control,
+    listener: socket.socket,
+    device: str,
+    ready: Callable[[], None],
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_end_on_signal, nursery)
+        nursery.start_soon(control.serve, listener)
+        nursery.start_soon(_announce, device, ready)
+        await mount.serve()
+        nursery.cancel_scope.cancel()
+
+
+async def _announce(device: str, ready: Callable[[], None]) -> None:
+    """Say that the mount is there. (Looking at it would be a question to this very process.)"""
+    await trio.lowlevel.checkpoint()
+    raise_read_ahead(device)
+    ready()
+
+
+async def _end_on_signal(nursery: trio.Nursery) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        async for _ in received:
+            pyfuse3.terminate()
+            await trio.sleep(GRACE_S)
+            nursery.cancel_scope.cancel()
+
+
+def _lock(directory: Path, job: LiveJob) -> int:
+    """Be the only live mount of a policy. Raises UsageError."""
+    fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise UsageError(
+            f"{job.name} is mounted live already; `cloudfs status` says where."
+        ) from None
+    return fd
+
+
+def _replace_dead(mountpoint: str) -> str:
+    """Take a live mount away whose process is gone; its device, or "" where there is none."""
+    found = [mounted for mounted in places.mounts() if mounted.mountpoint == mountpoint]
+    if not found:
+        return ""
+    if found[-1].alive or not found[-1].live:
+        raise UsageError(
+            f"{mountpoint}: something is mounted there already; `cloudfs umount` takes it away."
+        )
+    places.unmount(mountpoint, lazy=True)
+    return found[-1].device
+
+
+def _open_source(source: str) -> int:
+    try:
+        return os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENOTDIR:
+            raise UsageError(f"the source {source} is not a directory.") from None
+        raise UsageError(f"the source {source} cannot be opened ({error.strerror}).") from None
+
+
+def _identity(source_fd: int) -> str:
+    """By which it is known whether this is the same tree as before."""
+    status = StatReader().of(source_fd)
+    return f"{status.dev} {status.ino} {status.btime_ns}"
+
+
+def _listen(directory: Path) -> tuple[socket.socket, int]:
+    """The socket for syncs, by descriptor since paths of sockets are short; and the directory's."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    (directory / SOCKET).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"/proc/self/fd/{fd}/{SOCKET}")
+    (directory / SOCKET).chmod(0o600)
+    listener.listen()
+    listener.setblocking(False)
+    return listener, fd

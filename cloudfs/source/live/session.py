@@ -1,0 +1,129 @@
+"""One sync's use of a live mount.
+
+1. What is dirty in mappings is flushed through the mount. Then the mount freezes: what is read from
+   there on, below a name that it gives, is one point in time, while who writes goes on.
+2. If everything since the snapshot that the local state is at was marked, the marks are the
+   changelist. In all other cases what is frozen is scanned, and the reason said.
+3. After the commit the mount is told, and forgets what was marked. A sync that fails tells it
+   nothing. Either way the freeze ends with the line, even if this process is killed.
+4. When nothing is mounted the source is scanned as it lies there, with a word of warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cloudfs.core.changelist import Changelist, DirChange, merged
+from cloudfs.core.errors import SourceError
+from cloudfs.core.manifest import SnapshotRecord
+from cloudfs.source.live.client import Line, NotMounted
+from cloudfs.source.live.protocol import (
+    FROZEN_PREFIX,
+    Answer,
+    Base,
+    Directory,
+    End,
+    Question,
+)
+from cloudfs.source.ready import Ready
+from cloudfs.source.syncfs import sync_file_system
+
+
+class LiveSource:
+    """The live side of the syncs of one policy on this machine."""
+
+    def __init__(self, sources: list[bytes], directory: Path) -> None:
+        """``directory`` is the mount's. Raises SourceError where there are several sources."""
+        if len(sources) != 1:
+            raise SourceError("a policy with a live mount has one source; make a policy for each.")
+        self._source = sources[0]
+        self._directory = directory
+
+    @contextlib.contextmanager
+    def ready(self, name: str, base: Base, *, whole: bool) -> Iterator[Ready]:
+        """What is frozen, and what changed since the snapshot that the local state is at (number 0:
+        at none). ``whole``: more will be read than what changed. ``name`` is the policy's."""
+        try:
+            line = Line(self._directory)
+        except NotMounted as error:
+            found = Ready("scan", [self._source])
+            found.notes.append(
+                f"the tree is scanned as it changes: {error}. Mount it: cloudfs mount --live {name}"
+            )
+            yield found
+            return
+        with line:
+            yield self._frozen(line, base, whole=whole)
+
+    def _frozen(self, line: Line, base: Base, *, whole: bool) -> Ready:
+        before = line.ask(Question("state"))
+        self._check(before)
+        sync_file_system(before.mountpoint)
+        marked = not whole and not _reason(before, base)
+        answer = line.ask(Question("freeze", marked=marked))
+        top = before.mountpoint.rstrip(b"/") + b"/" + FROZEN_PREFIX + b"%d" % answer.frozen
+        found = Ready("live", [top], frozen_ns=answer.frozen_ns, through_mount=True)
+        reason = _reason(answer, base)
+        if not reason:
+            found.changes, reason = _changelist(line)
+        if reason:
+            found.kind = "scan"
+            if base.snapshot:
+                found.notes.append(f"what is frozen is scanned: {reason}")
+        found.intact = lambda: _still_there(line, found)
+        found.keep = lambda record: _confirm(line, record)
+        return found
+
+    def _check(self, answer: Answer) -> None:
+        if os.path.realpath(answer.source) != os.path.realpath(self._source):
+            raise SourceError(
+                f"the live mount is of {os.fsdecode(answer.source)}, not of"
+                f" {os.fsdecode(self._source)}. Unmount it and mount it anew."
+            )
+
+
+def _reason(answer: Answer, base: Base) -> str:
+    """Why what was marked is not all; "" if it is."""
+    if answer.lost:
+        return answer.lost
+    if answer.base is None:
+        return "no snapshot was taken since it was mounted live"
+    if answer.base != base:
+        return f"the live mount has marked since another snapshot ({answer.base.snapshot})"
+    return ""
+
+
+def _changelist(line: Line) -> tuple[Changelist | None, str]:
+    """What was marked; or None and the reason."""
+    found = Changelist(inodes={})
+    assert found.inodes is not None
+    for change in line.changes():
+        if isinstance(change, End):
+            return (None, change.lost) if change.lost else (found, "")
+        if isinstance(change, Directory):
+            ranges = {name: list(told) for name, told in change.names if told}
+            names = {name for name, _ in change.names}
+            found.dirs.append(DirChange(change.path, None, names, ranges, inode=change.inode))
+        else:
+            known = found.inodes.get(change.inode) or []
+            found.inodes[change.inode] = merged([*known, *change.ranges])
+    return None, "the live mount is gone"
+
+
+def _still_there(line: Line, found: Ready) -> None:
+    """Whether what was read was frozen until now. Raises SourceError."""
+    answer = line.ask(Question("state"))
+    found.consistent = answer.consistent
+    if not answer.consistent:
+        found.notes.append(
+            "the snapshot is not one point in time: the room for what was overwritten meanwhile"
+            " was full. See kept_room in cloudfs-policy(5)."
+        )
+
+
+def _confirm(line: Line, record: SnapshotRecord) -> None:
+    with contextlib.suppress(SourceError):  # then it is gone, and the next sync scans
+        line.ask(Question("confirm", Base(record.number, record.time_ns)))
