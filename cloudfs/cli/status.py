@@ -90,13 +90,14 @@ def _status_of(app: App, name: str, there: list[Mounted]) -> PolicyStatus:
 
 
 def _foreseen(app: App, place: Place, history: History) -> SourceState:
-    """What the next sync goes by."""
+    """What the next sync goes by. Raises CloudfsError where it could not even begin."""
     import msgspec
 
     from cloudfs.backup.foresee import foresee
-    from cloudfs.cli.sync import SyncWishes, settings_of
+    from cloudfs.cli.sync import SyncWishes, check_sources, settings_of
 
     assert place.file is not None
+    check_sources(place.file.policy)
     settings = settings_of(place, SyncWishes(False, False, False, None, ()))
     commands = external_commands(place.file, app.environment)
     return foresee(

@@ -130,6 +130,11 @@ def test_how_it_stands_without_root(synced: Machine) -> None:
     assert done.returncode == 1
 
 
+def test_no_daemon_is_needed(synced: Machine) -> None:
+    said = synced.fails(2, "watch", "vol")
+    assert said == "vol finds what changed by btrfs snapshots and needs no daemon."
+
+
 def test_the_btrfs_command_is_not_needed(synced: Machine, tree: Path, tmp_path: Path) -> None:
     """Nor is the one that is found believed."""
     fake = tmp_path / "bin" / "btrfs"

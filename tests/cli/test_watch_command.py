@@ -131,9 +131,11 @@ def test_how_it_stands(watched: Machine, tree: Path) -> None:
 
 def test_how_it_stands_with_a_tree_that_is_gone(watched: Machine, tree: Path) -> None:
     tree.rename(tree.with_name("aside"))
-    assert "next sync scans" in watched.source_state()[1]
+    done = watched.run("status", code=1)
+    assert "does not exist. Is its drive mounted?" in done.err
+    assert "  1, " in done.out
     tree.with_name("aside").rename(tree)
-    assert watched.source_state()[1] == "watch, complete"
+    assert watched.source_state() == ("2 names", "watch, complete")  # heard of beside the tree
 
 
 def test_in_the_foreground(machine: Machine, tree: Path, repo: str) -> None:
