@@ -20,7 +20,7 @@ from benching import data, trace
 from benching.measure import Cost, Failed, Results
 from benching.options import chosen
 from benching.programs import Cloudfs, Program
-from benching.volumes import KINDS, roomy, settle, volume
+from benching.volumes import KINDS, drop_snapshots, roomy, settle, volume
 
 CHANGED = 100
 """Files that are changed; as many directories stand at the top of the tree, one file in each."""
@@ -76,6 +76,7 @@ def tracked(cloudfs: Cloudfs, source: str, tree: Path) -> Iterator[None]:
     cloudfs.fresh(tree)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, cloudfs.base, ignore_errors=True)
+        stack.callback(drop_snapshots, tree)
         if source == "live":
             stack.enter_context(cloudfs.live(tree))
         cloudfs.backup(tree)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 from benching import data
@@ -11,7 +10,7 @@ from benching.changed import check_source
 from benching.measure import Results
 from benching.programs import Cloudfs, Program
 from benching.steps import restore
-from benching.volumes import settle, volume
+from benching.volumes import SNAPSHOTS, drop_snapshots, quietly, settle, volume
 
 ROOM = 6 << 30
 NAME = "upgrade"
@@ -23,18 +22,18 @@ def upgrade(base: Path, programs: list[Program], results: Results) -> None:
     old, new = data.kernel(base, "6.1"), data.kernel(base, "6.12")
     programs = [*ways(base, programs), *(p for p in programs if not isinstance(p, Cloudfs))]
     with volume(base, "btrfs", ROOM) as tree:
-        _becomes(tree, old)
         for program in programs:
+            _becomes(tree, old)
             program.fresh(tree)
             results.add(NAME, "first backup, on btrfs", program.name, program.backup(tree))
-        _becomes(tree, new)
-        for program in programs:
+            _becomes(tree, new)
             cost = program.backup(tree)
             results.add(NAME, STEP, program.name, cost)
             if isinstance(program, Cloudfs):
                 check_source(program.summary(cost), program.snapshot)
-                cost = restore(program, tree, base)
+                cost = restore(program, new, base)  # in the tree itself lie snapshots
                 results.add(NAME, "restore, compared", program.name, cost)
+            drop_snapshots(tree)
             shutil.rmtree(program.base)
 
 
@@ -48,5 +47,5 @@ def ways(base: Path, programs: list[Program]) -> list[Program]:
 
 
 def _becomes(tree: Path, version: Path) -> None:
-    subprocess.run(["rsync", "-a", "--delete", f"{version}/", f"{tree}/"], check=True)
+    quietly("rsync", "-a", "--delete", f"--exclude=/{SNAPSHOTS}", f"{version}/", f"{tree}/")
     settle(tree)

@@ -62,6 +62,17 @@ def unmount(place: Path) -> None:
     print(f"  {place} could not be unmounted", file=sys.stderr, flush=True)
 
 
+SNAPSHOTS = ".cloudfs-snapshots"
+"""Where the btrfs snapshots of a tree lie, within it."""
+
+
+def drop_snapshots(tree: Path) -> None:
+    """Delete them, before a program comes that would back them up too."""
+    place = tree / SNAPSHOTS
+    for snapshot in place.iterdir() if place.exists() else ():
+        quietly("btrfs", "subvolume", "delete", "-c", snapshot)
+
+
 def settle(tree: Path) -> None:
     """Have all that was written reach its device, so that it disturbs nothing that comes."""
     quietly("sync", "-f", tree)
