@@ -6,9 +6,12 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 DIRECTORIES, FILES_EACH = 5000, 200
 RUN_WORDS = 12
@@ -35,10 +38,15 @@ def disk(base: Path, size: int) -> Path:
     """A directory with one file of random bytes."""
     target = base / "data" / "disk"
     target.mkdir(parents=True, exist_ok=True)
-    with (target / "disk.img").open("wb") as file:
+    random_file(target / "disk.img", size)
+    return target
+
+
+def random_file(path: Path, size: int) -> None:
+    """A file of random bytes."""
+    with path.open("wb") as file:
         for _ in range(size >> 20):
             file.write(os.urandom(1 << 20))
-    return target
 
 
 def change_disk(disk: Path) -> None:
@@ -48,36 +56,55 @@ def change_disk(disk: Path) -> None:
         file.write(os.urandom(4096))
 
 
+Task = TypeVar("Task")
+
+
+def in_parallel(act: Callable[[Task], None], tasks: Iterable[Task]) -> None:
+    """Do this for each task, in as many processes as there are cores."""
+    # A pool ends its processes by this signal, of which the one that forked them may think more.
+    with multiprocessing.Pool(None, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
+        pool.map(act, tasks, chunksize=50)
+
+
 def _fill(task: tuple[int, str, list[str]]) -> None:
     number, top, words = task
     rng = random.Random(number)
     place = f"{top}/{number // 100:02}/{number:04}"
     os.makedirs(place)
     for index in range(FILES_EACH):
-        size = rng.randint(100, 1500)
-        text = ""
-        while len(text) < size:
-            start = rng.randrange(len(words) - RUN_WORDS)
-            text += " ".join(words[start : start + RUN_WORDS]) + " "
+        content = text(rng, words)
         name = f"{rng.choice(words)}-{index}.txt"
         with open(f"{place}/{name}", "w") as file:
-            file.write(text[:size])
+            file.write(content)
+
+
+def text(rng: random.Random, words: list[str]) -> str:
+    """100 to 1,500 characters: runs of words out of licences.
+
+    They compress by 1.7 within a file and by 6 among many, as text does.
+    """
+    size = rng.randint(100, 1500)
+    made = ""
+    while len(made) < size:
+        start = rng.randrange(len(words) - RUN_WORDS)
+        made += " ".join(words[start : start + RUN_WORDS]) + " "
+    return made[:size]
+
+
+def licence_words() -> list[str]:
+    """The words of all licences that Debian keeps."""
+    licences = sorted(Path("/usr/share/common-licenses").iterdir())
+    lines = "\n".join(p.read_text(errors="replace") for p in licences if not p.is_symlink())
+    return re.findall(r"[A-Za-z]+", lines)
 
 
 def million(base: Path) -> Path:
-    """A million files of 100 to 1,500 bytes of text, in 5,000 directories.
-
-    The text is runs of words out of licences: it compresses by 1.7 within a file and by 6 among
-    many, as text does.
-    """
+    """A million files of 100 to 1,500 bytes of text, in 5,000 directories."""
     if "million" in given:
         return given["million"]
     target = base / "data" / "million"
     if not target.exists():
-        licences = sorted(Path("/usr/share/common-licenses").iterdir())
-        text = "\n".join(p.read_text(errors="replace") for p in licences if not p.is_symlink())
-        words = re.findall(r"[A-Za-z]+", text)
+        words = licence_words()
         tasks = [(number, str(target), words) for number in range(DIRECTORIES)]
-        with multiprocessing.Pool() as pool:
-            pool.map(_fill, tasks, chunksize=50)
+        in_parallel(_fill, tasks)
     return target

@@ -141,6 +141,9 @@ class Results:
     rows: dict[tuple[str, str], dict[str, Cost]] = field(default_factory=dict)
     numbers: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     asked: dict[tuple[str, str], float] = field(default_factory=dict)
+    """At most so much of a figure."""
+    asked_least: dict[tuple[str, str], float] = field(default_factory=dict)
+    """At least so much of it."""
 
     def add(
         self, scenario: str, step: str, program: str, cost: Cost, asked: float | None = None
@@ -154,13 +157,29 @@ class Results:
             self.asked[scenario, step] = asked
 
     def number(
-        self, scenario: str, step: str, program: str, value: float, asked: float | None = None
+        self,
+        scenario: str,
+        step: str,
+        program: str,
+        value: float,
+        asked: float | None = None,
+        *,
+        at_least: float | None = None,
     ) -> None:
         """Keep a figure that is no time: MB, requests. ``asked``: so much at most."""
         print(f"  {scenario}: {step}: {program}: {value:g}", file=sys.stderr, flush=True)
         self.numbers.setdefault((scenario, step), {})[program] = value
         if asked is not None:
             self.asked[scenario, step] = asked
+        if at_least is not None:
+            self.asked_least[scenario, step] = at_least
+
+    def figure(self, scenario: str, step: str) -> float | None:
+        """What cloudfs took of this, in seconds or whatever else it is; None if not measured."""
+        row = self.rows.get((scenario, step), {})
+        if "cloudfs" in row:
+            return row["cloudfs"].wall_s
+        return self.numbers.get((scenario, step), {}).get("cloudfs")
 
     def print(self, scenario: str) -> None:
         """A table of one scenario. The ratio is the best peer's figure over that of cloudfs."""
@@ -179,10 +198,13 @@ class Results:
         sys.stdout.flush()
 
     def _print(self, scenario: str, step: str, shown: str, values: dict[str, float]) -> None:
-        asked = self.asked.get((scenario, step))
+        most = self.asked.get((scenario, step))
+        least = self.asked_least.get((scenario, step))
         verdict = ""
-        if asked is not None and "cloudfs" in values:
-            verdict = f"  asked ≤ {asked:g}: {'yes' if values['cloudfs'] <= asked else 'NO'}"
+        if most is not None and "cloudfs" in values:
+            verdict += f"  asked ≤ {most:g}: {'yes' if values['cloudfs'] <= most else 'NO'}"
+        if least is not None and "cloudfs" in values:
+            verdict += f"  asked ≥ {least:g}: {'yes' if values['cloudfs'] >= least else 'NO'}"
         print(f"  {step:46} {shown}{_ratio(values)}{verdict}")
 
     def as_json(self) -> list[dict[str, object]]:
@@ -201,7 +223,7 @@ class Results:
 
 
 def _ratio(values: dict[str, float]) -> str:
-    peers = [value for program, value in values.items() if program != "cloudfs"]
+    peers = [value for program, value in values.items() if not program.startswith("cloudfs")]
     if "cloudfs" not in values or not peers or not values["cloudfs"]:
         return ""
     return f"  best peer / cloudfs {min(peers) / values['cloudfs']:.2f}"

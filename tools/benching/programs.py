@@ -13,10 +13,13 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benching.measure import Cost, Failed, memory_mb, processor_s, run
 
@@ -148,11 +151,13 @@ class Cloudfs(Program):
     speaks_s3 = True
     local = ("config", "state", "cache")
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, label: str = kind) -> None:
         beside = Path(sys.executable).with_name("cloudfs")
         venv = Path(__file__).resolve().parents[2] / ".venv/bin/cloudfs"
         path = next((str(p) for p in (beside, venv) if p.exists()), "cloudfs")
-        super().__init__(base, self.kind, path)
+        super().__init__(base, label, path)
+        self.snapshot = "auto"
+        """How the changes of a source are found."""
 
     def _own(self) -> dict[str, str]:
         return {
@@ -179,14 +184,61 @@ class Cloudfs(Program):
     def init(self, source: Path) -> None:
         self.quietly(
             self.path, "policy", "create", "bench", "--source", str(source),
-            "--repo", self.url, *self._endpoint,
+            "--repo", self.url, "--snapshot", self.snapshot, *self._endpoint,
         )  # fmt: skip
 
+    @property
+    def sync_command(self) -> list[str]:
+        """One sync."""
+        return [self.path, "sync", "bench", "--json"]
+
     def backup(self, source: Path) -> Cost:
-        return run([self.path, "sync", "bench", "--json"], self.env)
+        return run(self.sync_command, self.env)
+
+    def summary(self, cost: Cost) -> dict[str, Any]:
+        """What a sync said at its end."""
+        found: dict[str, Any] = json.loads(cost.output.splitlines()[-1])
+        return found
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A daemon listens to the file system of the source."""
+        self.quietly(self.path, "watch", "bench")
+        try:
+            yield
+        finally:
+            self._end("watch", "bench", "--stop")
+
+    @contextlib.contextmanager
+    def live(
+        self, source: Path, place: Path | None = None, *, tracking: bool = True
+    ) -> Iterator[Path]:
+        """The source is mounted live, over itself or at a place."""
+        options = [] if tracking else ["--no-tracking"]
+        places = [] if place is None else [str(place)]
+        self.quietly(self.path, "mount", "--live", "bench", *places, *options)
+        try:
+            yield place or source
+        finally:
+            self._end("umount", str(place or source))
+
+    def _end(self, *command: str) -> None:
+        """End a daemon, and make sure of it: what it holds is wanted for what comes next."""
+        try:
+            self.quietly(self.path, *command)
+        except Failed as error:
+            print(f"  {error}", file=sys.stderr, flush=True)
+        ends = time.monotonic() + END_S
+        while (left := self.processes()) and time.monotonic() < ends:
+            time.sleep(0.01)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if command[0] == "umount" and os.path.ismount(command[1]) and left:
+            subprocess.run(["umount", "-l", command[1]], check=False, capture_output=True)
 
     def requests(self, cost: Cost) -> dict[str, float]:
-        summary = json.loads(cost.output.splitlines()[-1])
+        summary = self.summary(cost)
         return {kind: summary[kind] for kind in ("requests", "gets", "puts") if kind in summary}
 
     def restore_command(self, source: Path, target: Path) -> list[str]:

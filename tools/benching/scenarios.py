@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benching import data, remote
+from benching import changed, data, live, remote, upgrade
 from benching.measure import Results, run
 from benching.programs import Cloudfs, Program
 from benching.steps import attempt, check_room, cold_mount, copy, mounted, restore
@@ -102,4 +102,8 @@ ALL: dict[str, Scenario] = {
     "latency": remote.latency,
     "million": million,
     "help": help_,
+    "changed": changed.changed,
+    "bigfile": changed.bigfile,
+    "upgrade": upgrade.upgrade,
+    "live": live.live,
 }
