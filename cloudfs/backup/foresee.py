@@ -67,6 +67,10 @@ def _asked(
 
         note = directory / "btrfs"
         return BtrfsSource(settings.sources, record.id, note, leaves_out).state(*at)
+    if kind == "live":
+        from cloudfs.source.live.session import LiveSource
+
+        return LiveSource(settings.sources, local.live_dir(settings.name)).state(*at)
     from cloudfs.source.external.session import ExternalSource
 
     if settings.external is None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 
 from cloudfs.cli.app import App
 from cloudfs.cli.mount import LOG_NAME, waiting_daemon
 from cloudfs.cli.output import quote_path
-from cloudfs.core.errors import UsageError
+from cloudfs.core.errors import CloudfsError, UsageError
+from cloudfs.fuse.job import MountJob
 from cloudfs.fuse.live.job import LiveJob
+from cloudfs.repo.history import History
+from cloudfs.repo.pool import WorkerOpening
 
 
 def mount_live(
@@ -17,6 +21,7 @@ def mount_live(
 ) -> None:
     """Mount a policy's tree, and return when it is there or (``foreground``) when it has ended."""
     job = _job(app, name, directory, tracking=tracking)
+    job = dataclasses.replace(job, backups=_backups(app, name, job.mountpoint))
     if foreground:
         from cloudfs.fuse.live.serve import serve
 
@@ -55,6 +60,25 @@ def _job(app: App, name: str, directory: str | None, *, tracking: bool) -> LiveJ
         policy.one_file_system,
         tracking,
     )
+
+
+def _backups(app: App, name: str, mountpoint: str) -> MountJob | None:
+    """What ``.snapshot`` shows; None, and a word about it, where the repository cannot be opened:
+    the tree must be there all the same."""
+    place = app.place(name)
+    assert place.file is not None
+    try:
+        with app.repository(place) as repository:
+            record = app.register(repository, place.file)[1]
+            with contextlib.closing(History(repository, record)) as history:
+                local = repository.local
+                opening = WorkerOpening(
+                    place.url, place.options, repository.opening, local.cache_dir, local.state_dir
+                )
+                return MountJob(opening, [(history.policy, history.manifest)], mountpoint)
+    except CloudfsError as error:
+        app.output.warn(f"cloudfs: .snapshot is not shown: {error}")
+        return None
 
 
 def _check_mountpoint(source: str, mountpoint: str) -> None:

@@ -44,6 +44,7 @@ class PolicyStatus:
     last: SnapshotRecord | None = None
     syncing: bool = False
     mounted: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
 
 @click.command()
@@ -59,7 +60,7 @@ def status(app: App) -> None:
     """
     there = mounts()
     found = [_status_of(app, name, there) for name in app.policies.names()]
-    known = {status.url for status in found}
+    known = {place for status in found for place in (status.url, *status.sources)}
     others = [mounted for mounted in there if mounted.url not in known]
     if app.output.json:
         _print_objects(app, found, others)
@@ -76,7 +77,12 @@ def _status_of(app: App, name: str, there: list[Mounted]) -> PolicyStatus:
         result.url = place.url
         if place.file is not None:
             result.kind = place.file.policy.snapshot
-        result.mounted = [_shown(mounted) for mounted in there if mounted.url == place.url]
+            result.sources = [os.path.realpath(source) for source in place.file.policy.sources]
+        result.mounted = [
+            _shown(mounted)
+            for mounted in there
+            if mounted.url in (result.sources if mounted.live else [place.url])
+        ]
         with app.history(name) as history:
             result.last = history.manifest.last_snapshot
             result.syncing = _is_syncing(history)
@@ -111,7 +117,9 @@ def _foreseen(app: App, place: Place, history: History) -> SourceState:
 
 def _shown(mounted: Mounted) -> str:
     path = quote_path(os.fsencode(mounted.mountpoint))
-    return path if mounted.alive else f"{path} (its process is gone)"
+    if not mounted.alive:
+        return f"{path} (its process is gone)"
+    return f"{path} (live)" if mounted.live else path
 
 
 def _is_syncing(history: History) -> bool:

@@ -15,46 +15,24 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 
 import pyfuse3
 import trio
 
-from cloudfs.db.local import LocalState
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.job import MountJob, job_of
 from cloudfs.fuse.mounting import GRACE_S, init, raise_read_ahead
-from cloudfs.fuse.newcomers import Newcomers
+from cloudfs.fuse.opening import open_view
 from cloudfs.fuse.patience import PatientStore
-from cloudfs.fuse.tree import Tree
 from cloudfs.fuse.view import View
-from cloudfs.repo.history import History
-from cloudfs.repo.repository import Repository
-from cloudfs.store.open import open_store
 
 __all__ = ["MountJob", "job_of", "serve"]
-
-RETRY_S = 30.0
-"""A read of a store that is down fails after this long: longer than a hiccup, not forever."""
-
-REFRESH_NEAR_S = 1.0
-REFRESH_FAR_S = 5.0
-"""How old the list of snapshots may be, where looking is free and where it is a request."""
 
 
 def serve(job: MountJob, ready: Callable[[], None]) -> None:
     """Mount, call ``ready``, answer until the end. Raises UsageError, CloudfsError, OSError."""
     path = places.check(job.mountpoint)
-    given = job.opening
-    options = replace(given.options, retry_s=min(given.options.retry_s, RETRY_S))
-    store = PatientStore(open_store(given.url, options))
-    local = LocalState(given.cache_dir, given.state_dir)
-    repository = Repository.reopen(store, given.opening, local)
-    histories = [History(repository, record, manifest=m) for record, m in job.branches]
-    near = given.url.startswith(("file:", "/"))
-    finder = Newcomers(repository) if job.whole else None
-    tree = Tree(histories, uid=os.geteuid(), gid=os.getegid(), finder=finder)
-    view = View(tree, refresh_s=REFRESH_NEAR_S if near else REFRESH_FAR_S)
+    view, store = open_view(job)
     init(view, path, _options(store.url, allow_other=job.allow_other))
     try:
         trio.run(_run, view, store, path, ready)

@@ -94,13 +94,16 @@ class Tree:
         uid: int,
         gid: int,
         finder: Newcomers | None = None,
+        first_slot: int = 1,
     ) -> None:
-        """``uid`` and ``gid`` own what is made up; ``finder``, where new policies are shown too."""
+        """``uid`` and ``gid`` own what is made up; ``finder``, where new policies are shown too.
+        Slots are given from ``first_slot`` on."""
         assert 0 < len(histories) <= MAX_POLICY
         self.branches = [Branch(history) for history in histories]
         self._owner = (uid, gid)
         self._lock = threading.Lock()
-        self._slots: list[tuple[Branch, int]] = []  # slot - 1 -> branch, snapshot number
+        self._first_slot = first_slot
+        self._slots: list[tuple[Branch, int]] = []  # by slot: branch, snapshot number
         self._views: OrderedDict[int, SnapshotView] = OrderedDict()
         self._sparse: dict[tuple[int, int], int] = {}
         self._finder = finder
@@ -131,9 +134,10 @@ class Tree:
         branch.take_up()
         with self._lock:
             for number in branch.numbers:
-                if number not in branch.slots and len(self._slots) < MAX_SLOT:
+                slot = self._first_slot + len(self._slots)
+                if number not in branch.slots and slot <= MAX_SLOT:
                     self._slots.append((branch, number))
-                    branch.slots[number] = len(self._slots)
+                    branch.slots[number] = slot
 
     def _take_in(self) -> None:
         """Give new policies their directories."""
@@ -157,7 +161,7 @@ class Tree:
             if found is not None:
                 self._views.move_to_end(slot)
                 return found
-        branch, number = self._slots[slot - 1]
+        branch, number = self._slots[slot - self._first_slot]
         found = branch.history.view(number)
         with self._lock:
             self._views[slot] = found
@@ -177,7 +181,7 @@ class Tree:
 
     def policy_id(self, ino: int) -> str:
         """The id of the policy that an inode in a snapshot belongs to."""
-        return self._slots[split(ino)[0] - 1][0].history.policy.id
+        return self._slots[split(ino)[0] - self._first_slot][0].history.policy.id
 
     # -- what an inode number stands for ---------------------------------------------------
 

@@ -97,7 +97,7 @@ class View(pyfuse3.Operations):
     ) -> None:
         """``refresh_s``: how old the list of snapshots may be when the top is looked at."""
         super().__init__()
-        self._tree = tree
+        self.tree = tree
         self._refresh_s = refresh_s
         self._clock_s = clock_s
         self._made = clock_s()
@@ -120,6 +120,11 @@ class View(pyfuse3.Operations):
             self._complaint = sentence
             log.error("%s", sentence)
 
+    def attach(self, nursery: trio.Nursery, turns: Turns) -> None:
+        """Be part of another mount: what is begun in the background, and whose turn it is, is that
+        mount's."""
+        self._nursery, self.turns = nursery, turns
+
     async def serve(self) -> None:
         """Answer the kernel until the mount ends."""
         async with trio.open_nursery() as nursery:
@@ -128,7 +133,7 @@ class View(pyfuse3.Operations):
             await pyfuse3.main(max_tasks=TASKS)
             nursery.cancel_scope.cancel()
 
-    async def _ask(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
+    async def ask(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
         """Rule 1."""
         try:
             return question(*args)
@@ -164,10 +169,10 @@ class View(pyfuse3.Operations):
 
     # -- new snapshots ---------------------------------------------------------------------
 
-    async def _look_for_news(self, ino: int) -> None:
+    async def look_for_news(self, ino: int) -> None:
         """Where ``ino`` shows snapshots or policies, learn of new ones, but wait only so long."""
         waiting = []
-        for branch in self._tree.branches_at(ino):
+        for branch in self.tree.branches_at(ino):
             if self._clock_s() - self._refreshed.get(branch, self._made) < self._refresh_s:
                 continue
             done = self._refreshing.get(branch)
@@ -184,7 +189,7 @@ class View(pyfuse3.Operations):
     async def _refresh(self, branch: Branch | None, done: trio.Event) -> None:
         what = "policies" if branch is None else "snapshots"
         try:
-            await self._in_thread(self._tree.refresh, branch)
+            await self._in_thread(self.tree.refresh, branch)
         except CloudfsError as error:
             self.complain(f"Looking for new {what} failed: {error}")
         except Exception:
@@ -200,8 +205,8 @@ class View(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """One name in a directory."""
         if not parent_inode >> LIN_BITS:
-            await self._look_for_news(parent_inode)
-        found = await self._ask(self._tree.lookup, parent_inode, name)
+            await self.look_for_news(parent_inode)
+        found = await self.ask(self.tree.lookup, parent_inode, name)
         if found is None:
             if not parent_inode >> LIN_BITS:
                 raise FUSEError(errno.ENOENT)
@@ -221,11 +226,11 @@ class View(pyfuse3.Operations):
 
     async def _stored(self, ino: int, meta: Meta) -> int:
         if meta.sparse:
-            return await self._ask(self._tree.stored_bytes, ino, meta)
+            return await self.ask(self.tree.stored_bytes, ino, meta)
         return meta.size
 
     async def _need(self, ino: int) -> Meta:
-        meta = await self._ask(self._tree.meta, ino)
+        meta = await self.ask(self.tree.meta, ino)
         if meta is None:
             raise FUSEError(errno.ESTALE if not ino >> LIN_BITS else errno.EIO)
         return meta
@@ -241,7 +246,7 @@ class View(pyfuse3.Operations):
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         """Where a symlink points."""
         if not inode >> LIN_BITS:
-            await self._look_for_news(inode)
+            await self.look_for_news(inode)
         return (await self._need(inode)).target
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -253,8 +258,8 @@ class View(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Take the names down."""
         if not inode >> LIN_BITS:
-            await self._look_for_news(inode)
-        listing = await self._ask(self._tree.listing, inode)
+            await self.look_for_news(inode)
+        listing = await self.ask(self.tree.listing, inode)
         handle = self._handle()
         self._listings[handle] = listing
         return handle
@@ -267,7 +272,7 @@ class View(pyfuse3.Operations):
         attributes = self._brief if listing.made_up else self._stable
         position = start_id
         while True:
-            batch = await self._ask(listing.batch, position)
+            batch = await self.ask(listing.batch, position)
             if not batch:
                 return
             for name, ino, meta in batch:
@@ -295,7 +300,7 @@ class View(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; what the kernel has of its content stays true."""
         meta = await self._need(inode)
-        opened = OpenFile(self._tree.view(inode >> LIN_BITS), meta)
+        opened = OpenFile(self.tree.view(inode >> LIN_BITS), meta)
         handle = self._handle()
         self._files[handle] = opened
         return FileInfo(fh=handle, keep_cache=True)
@@ -340,7 +345,7 @@ class View(pyfuse3.Operations):
         if inode >> LIN_BITS:
             own = MadeUpAttribute.by_name(name)
             if own is not None or meta.streams:
-                found = await self._in_thread(attribute, self._tree, inode, meta, name)
+                found = await self._in_thread(attribute, self.tree, inode, meta, name)
             else:
                 found = (meta.xattrs or {}).get(name)
         if found is None:
@@ -354,7 +359,7 @@ class View(pyfuse3.Operations):
         if not meta.streams:
             names = list(meta.xattrs or ())
         else:
-            names = await self._in_thread(own_attributes, self._tree, inode, meta)
+            names = await self._in_thread(own_attributes, self.tree, inode, meta)
         return names
 
     # -- the whole -------------------------------------------------------------------------
@@ -363,7 +368,7 @@ class View(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """The size of the newest snapshots; nothing is free."""
         size = items = 0
-        for branch in self._tree.branches:
+        for branch in self.tree.branches:
             last = branch.history.manifest.last_snapshot
             if last is not None:
                 size += last.stats.bytes_total

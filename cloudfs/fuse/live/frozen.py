@@ -21,7 +21,7 @@ from cloudfs.source.inode import StatReader, data_extents, read_flags
 from cloudfs.source.live.protocol import EXTENTS_ATTRIBUTE, STATUS_ATTRIBUTE, MoreStatus
 
 NUMBER_BITS = 48
-_FREEZES = 1 << 14
+_FREEZES = 1 << 12
 _MAX_EXTENTS = 2000
 
 Crosses = Callable[[Inode], bool]

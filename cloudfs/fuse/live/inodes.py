@@ -35,8 +35,8 @@ class Inode:
     """One item. ``number`` is what the kernel knows it by."""
 
     __slots__ = (
-        "blocks", "born", "dev", "epoch", "fd", "handle", "ino", "is_dir", "is_file", "lookups",
-        "number", "pins", "proc", "shown",
+        "blocks", "born", "dev", "epoch", "fd", "handle", "has_no_capability", "ino", "is_dir",
+        "is_file", "lookups", "number", "pins", "proc", "shown",
     )  # fmt: skip
 
     def __init__(self, number: int, fd: int, status: os.stat_result) -> None:
@@ -49,6 +49,7 @@ class Inode:
         self.lookups = 0
         self.pins = 0
         self.handle = b""
+        self.has_no_capability = False  # security.capability was looked for and is not there
         self.fd = -1
         self.proc = b""
         self.hold(fd)
@@ -79,7 +80,7 @@ class Inodes:
         self._mounts: dict[int, int] = {}  # by device, a descriptor for opening by handle
 
     def enter(self, root_fd: int) -> None:
-        """Go by another descriptor of the same top. Raises OSError where it is another directory."""
+        """Go by another descriptor of the same top. Raises OSError where it is of another one."""
         status = os.fstat(root_fd)
         if (status.st_dev, status.st_ino) != (self.root.dev, self.root.ino):
             raise FileNotFoundError(errno.ENOENT, "the source was moved")

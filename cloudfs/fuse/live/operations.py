@@ -1,7 +1,8 @@
 """The handlers of the live mount: each only delegates.
 
-1. Numbers tell what an inode is: a live item (below 2^48), a frozen one (up to 2^62), or one of a
-   backup (from there on; see :mod:`cloudfs.fuse.live.backups`).
+1. Numbers tell what an inode is: a live item (below 2^48), a frozen one (up to 2^61), ``.snapshot``
+   or ``latest`` in a directory (up to 2^62), or one of a backup, for which another view answers
+   (from there on; see :mod:`cloudfs.fuse.live.backups`).
 2. Everything that changes the live tree is done here and now, on this thread. What may take long
    and changes nothing goes to other threads: flushing, and reads of what is not in memory. Between
    the last ``await`` of a handler and its change stands nothing, so a freeze is between changes.
@@ -21,11 +22,14 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
 from cloudfs.fuse.live.answers import answering, attributes_lasting, fill, statvfs_of
-from cloudfs.fuse.live.freeze import Full
+from cloudfs.fuse.live.backups import MADE_UP, VIEWED, Backups, path_below
+from cloudfs.fuse.live.backups import NAME as SNAPSHOTS
+from cloudfs.fuse.live.freeze import Freeze, Full
 from cloudfs.fuse.live.frozen import NUMBER_BITS, FrozenTree, list_names
 from cloudfs.fuse.live.inodes import ROOT, Inode
 from cloudfs.fuse.live.tree import By, LiveTree, OpenFile, Wanted
 from cloudfs.fuse.turns import Turns
+from cloudfs.fuse.view import View
 from cloudfs.source.live.protocol import FROZEN_PREFIX
 
 T = TypeVar("T")
@@ -37,12 +41,14 @@ changes itself; this is for what others change beneath."""
 
 ABSENT_S = 1.0
 FOREVER_S = 86400.0
-TASKS = 10_000
-"""Questions at the same time: whoever waits for a freeze to end takes one, and what is frozen must
-still be read meanwhile."""
+TASKS = 256
+MAX_WAITING = TASKS // 2
+"""Questions at the same time, and how many of them may wait for a freeze to end: what is frozen
+must still be read meanwhile. Before more would wait, it is given up as a point in time."""
 
 READ_BYTES = 1 << 20
-NO_ATTRIBUTE = b"security.capability"
+CAPABILITY = b"security.capability"
+_NO_ATTRIBUTE = FUSEError(errno.ENODATA)
 
 
 @dataclass(slots=True)
@@ -54,12 +60,32 @@ class FrozenFile:
 
 
 @dataclass(slots=True)
+class ViewedFile:
+    """An open file or directory of a backup, by the handle that the view of the backups gave."""
+
+    fh: int
+    is_dir: bool
+
+
+@dataclass(slots=True)
+class SnapshotNames:
+    """``.snapshot``, opened."""
+
+    directory: Inode
+    path: bytes
+    names: list[bytes]
+
+
+@dataclass(slots=True)
 class Names:
     """An open directory: the names as they were when it was opened, and whose they are."""
 
     inode: Inode
     names: list[bytes]
     frozen: FrozenTree | None
+
+
+Handle = OpenFile | FrozenFile | ViewedFile | SnapshotNames | Names
 
 
 class LiveMount(pyfuse3.Operations):
@@ -69,30 +95,36 @@ class LiveMount(pyfuse3.Operations):
     enable_acl = True
     enable_writeback_cache = False
 
-    def __init__(self, tree: LiveTree) -> None:
+    def __init__(self, tree: LiveTree, top: bytes, backups: Backups | None = None) -> None:
+        """``top`` is the path of the tree; ``backups`` what ``.snapshot`` shows."""
         super().__init__()
         self._tree = tree
+        self._top = top
+        self._backups = backups
         self._inodes = tree.inodes
         self.frozen: FrozenTree | None = None
         self.turns = Turns()
-        self._handles: dict[int, OpenFile | FrozenFile | Names] = {}
+        self._handles: dict[int, Handle] = {}
         self._next_handle = 1
+        self._waiting = 0  # for a freeze to end
         self._lasting = attributes_lasting(LIVE_S)
         self._frozen_lasting = attributes_lasting(FOREVER_S)
         self._absent = attributes_lasting(ABSENT_S)
         self._absent.st_ino = 0
         self._buffer = memoryview(bytearray(READ_BYTES))
 
-    async def serve(self) -> None:
-        """Answer the kernel until the mount ends."""
+    async def serve(self, nursery: trio.Nursery) -> None:
+        """Answer the kernel until the mount ends; what goes on beside it begins in ``nursery``."""
         self.turns.install()
+        if self._backups is not None:
+            self._backups.begin(nursery, self.turns)
         await pyfuse3.main(max_tasks=TASKS)
 
     async def _in_thread(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
         with self.turns.away():
             return await trio.to_thread.run_sync(question, *args)
 
-    def _handle(self, of: OpenFile | FrozenFile | Names) -> int:
+    def _handle(self, of: Handle) -> int:
         self._next_handle += 1
         self._handles[self._next_handle] = of
         return self._next_handle
@@ -110,6 +142,22 @@ class LiveMount(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         return self._inodes.get(number)
 
+    def _viewed(self, number: int) -> View | None:
+        """The view of the backups, where it is to answer for a number."""
+        if number < VIEWED:
+            return None
+        if self._backups is None:
+            raise KeyError(number)
+        return self._backups.view
+
+    def _made_up(self, number: int) -> tuple[Backups, Inode] | None:
+        """The backups, and the directory that holds what is made up under a number."""
+        if not MADE_UP <= number < VIEWED:
+            return None
+        if self._backups is None:
+            raise KeyError(number)
+        return self._backups, self._inodes.get(self._backups.directory(number))
+
     def _known(self, inode: Inode, status: os.stat_result) -> EntryAttributes:
         """Rule 3."""
         inode.lookups += 1
@@ -122,19 +170,29 @@ class LiveMount(pyfuse3.Operations):
 
     async def _keep(self, inode: Inode, start: int, end: int) -> None:
         """Keep what a freeze needs of some bytes; when this returns they may change at once."""
-        freeze, at = self._tree.freeze, start
-        while self._tree.freeze is not None and at < end:
-            if self._tree.freeze is not freeze:
-                freeze, at = self._tree.freeze, start
+        frozen_by, at = self._tree.freeze, start
+        while (freeze := self._tree.freeze) is not None and at < end:
+            if freeze is not frozen_by:
+                frozen_by, at = freeze, start
             try:
                 at = self._tree.keep(inode, at, end)
             except Full:
-                with self.turns.away():
-                    await freeze.ended.wait()
+                await self._wait_for_end(freeze)
                 continue
             if at < end:
                 with self.turns.away():
                     await trio.lowlevel.checkpoint()
+
+    async def _wait_for_end(self, freeze: Freeze) -> None:
+        if self._waiting >= MAX_WAITING:
+            freeze.give_up("too many writers wait for it")
+            return
+        self._waiting += 1
+        try:
+            with self.turns.away():
+                await freeze.ended.wait()
+        finally:
+            self._waiting -= 1
 
     # -- names and attributes ------------------------------------------------------------------
 
@@ -142,14 +200,32 @@ class LiveMount(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """One name in a directory."""
         if parent_inode >> NUMBER_BITS:
-            return self._look_up_frozen(parent_inode, name)
+            return await self._look_up_elsewhere(parent_inode, name, ctx)
         parent = self._inodes.get(parent_inode)
         try:
             return self._known(*self._inodes.look_up(parent, name))
         except FileNotFoundError:
+            if name == SNAPSHOTS and self._backups is not None:
+                return self._backups.attributes(self._backups.number(parent), parent)
             if parent_inode == ROOT and name.startswith(FROZEN_PREFIX):
                 return self._enter_frozen(name, ctx)
             return self._absent
+
+    async def _look_up_elsewhere(
+        self, parent: int, name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        if (view := self._viewed(parent)) is not None:
+            return await view.lookup(parent, name, ctx)
+        if (found := self._made_up(parent)) is None:
+            return self._look_up_frozen(parent, name)
+        backups, directory = found
+        path = path_below(self._top, directory)
+        number = await backups.look_up(parent, path, name)
+        if number is None:
+            raise FUSEError(errno.ENOENT)
+        if number < VIEWED:
+            return backups.attributes(number, directory)
+        return await backups.view.getattr(number, ctx)
 
     def _enter_frozen(self, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """The top of what is frozen, for whom the mount belongs to."""
@@ -169,6 +245,10 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """The attributes of an item."""
+        if (view := self._viewed(inode)) is not None:
+            return await view.getattr(inode, ctx)
+        if (found := self._made_up(inode)) is not None:
+            return found[0].attributes(inode, found[1])
         if inode >> NUMBER_BITS:
             frozen = self._frozen_of(inode)
             item = frozen.get(inode)
@@ -197,7 +277,14 @@ class LiveMount(pyfuse3.Operations):
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        """Where a symlink points. That never changes."""
+        """Where a symlink points. That never changes, but for ``latest``."""
+        if (view := self._viewed(inode)) is not None:
+            return await view.readlink(inode, ctx)
+        if (found := self._made_up(inode)) is not None:
+            target = await found[0].latest(path_below(self._top, found[1]))
+            if target is None:
+                raise FUSEError(errno.ENOENT)
+            return target
         if inode >> NUMBER_BITS:
             item = self._frozen_of(inode).get(inode)
         else:
@@ -209,8 +296,10 @@ class LiveMount(pyfuse3.Operations):
         for number, count in inode_list:
             if not number >> NUMBER_BITS:
                 self._inodes.forget(number, count)
-            elif self.frozen is not None and number >> NUMBER_BITS == (
-                self.frozen.base >> NUMBER_BITS
+            elif (
+                number < MADE_UP
+                and self.frozen is not None
+                and number >> NUMBER_BITS == (self.frozen.base >> NUMBER_BITS)
             ):
                 self.frozen.forget(number, count)
 
@@ -248,7 +337,7 @@ class LiveMount(pyfuse3.Operations):
         """Make a file and open it."""
         parent = self._live(parent_inode)
         opened, status = self._tree.create(parent, name, mode, flags, By(ctx.uid, ctx.gid))
-        info = FileInfo(fh=self._handle(opened), keep_cache=True)
+        info = FileInfo(fh=self._handle(opened), keep_cache=True, direct_io=_is_stream(flags))
         return info, self._known(opened.inode, status)
 
     @answering
@@ -288,17 +377,33 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Take the names down."""
+        if (view := self._viewed(inode)) is not None:
+            return self._handle(ViewedFile(await view.opendir(inode, ctx), is_dir=True))
+        if (made_up := self._made_up(inode)) is not None:
+            backups, directory = made_up
+            path = path_below(self._top, directory)
+            return self._handle(SnapshotNames(directory, path, await backups.names(path)))
         if inode >> NUMBER_BITS:
             frozen = self._frozen_of(inode)
             item = frozen.get(inode)
             return self._handle(Names(item, frozen.names(item), frozen))
         item = self._inodes.get(inode)
-        return self._handle(Names(item, [b".", b"..", *list_names(item)], None))
+        names = [b".", b"..", *list_names(item)]
+        if inode == ROOT and self._backups is not None and SNAPSHOTS not in names:
+            names.append(SNAPSHOTS)
+        return self._handle(Names(item, names, None))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         """Names with their attributes from a position on, as many as the kernel has room for."""
         listing = self._handles[fh]
+        if isinstance(listing, ViewedFile):
+            assert self._backups is not None
+            await self._backups.view.readdir(listing.fh, start_id, token)
+            return
+        if isinstance(listing, SnapshotNames):
+            await self._list_snapshots(listing, start_id, token)
+            return
         assert isinstance(listing, Names)
         for position in range(start_id, len(listing.names)):
             name = listing.names[position]
@@ -323,6 +428,10 @@ class LiveMount(pyfuse3.Operations):
         try:
             inode, status = self._inodes.look_up(listing.inode, name)
         except FileNotFoundError:
+            if name == SNAPSHOTS and self._backups is not None:
+                number = self._backups.number(listing.inode)
+                attributes = self._backups.attributes(number, listing.inode)
+                return pyfuse3.readdir_reply(token, name, attributes, cookie)
             return True  # removed since the directory was opened
         attributes = fill(self._lasting, inode.number, status)
         if not pyfuse3.readdir_reply(token, name, attributes, cookie):
@@ -330,6 +439,25 @@ class LiveMount(pyfuse3.Operations):
             return False
         inode.lookups += 1
         return True
+
+    async def _list_snapshots(
+        self, listing: SnapshotNames, start: int, token: ReaddirToken
+    ) -> None:
+        backups = self._backups
+        assert backups is not None
+        parent = backups.number(listing.directory)
+        ctx = RequestContext()
+        for position in range(start, len(listing.names)):
+            name = listing.names[position]
+            number = await backups.look_up(parent, listing.path, name)
+            if number is None:
+                continue
+            if number < VIEWED:
+                attributes = backups.attributes(number, listing.directory)
+            else:
+                attributes = await backups.view.getattr(number, ctx)
+            if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
+                return
 
     def _list_dots(self, inode: Inode, name: bytes, token: ReaddirToken, cookie: int) -> bool:
         """The directory itself and the one above: the kernel is not told of them."""
@@ -342,13 +470,16 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def releasedir(self, fh: int) -> None:
         """Let the names go."""
-        self._handles.pop(fh, None)
+        listing = self._handles.pop(fh, None)
+        if isinstance(listing, ViewedFile) and self._backups is not None:
+            await self._backups.view.releasedir(listing.fh)
 
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Flush a directory."""
         listing = self._handles[fh]
-        assert isinstance(listing, Names)
+        if not isinstance(listing, Names) or listing.frozen is not None:
+            return  # nothing in there is ever dirty
         await self._in_thread(_flush_directory, listing.inode.proc)
 
     # -- files ---------------------------------------------------------------------------------
@@ -356,6 +487,12 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file."""
+        if (view := self._viewed(inode)) is not None:
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise FUSEError(errno.EROFS)
+            given = await view.open(inode, flags, ctx)
+            viewed = ViewedFile(given.fh, is_dir=False)
+            return FileInfo(fh=self._handle(viewed), keep_cache=True)
         if inode >> NUMBER_BITS:
             item = self._frozen_of(inode).get(inode)
             if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -366,12 +503,14 @@ class LiveMount(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             await self._keep(item, 0, os.fstat(item.fd).st_size)
         opened = self._tree.open(item, flags, By(ctx.uid, ctx.gid))
-        return FileInfo(fh=self._handle(opened), keep_cache=True)
+        return FileInfo(fh=self._handle(opened), keep_cache=True, direct_io=_is_stream(flags))
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]  # pyfuse3 takes any buffer
         """Bytes of a file."""
         opened = self._handles[fh]
+        if isinstance(opened, ViewedFile) and self._backups is not None:
+            return await self._backups.view.read(opened.fh, off, size)
         if isinstance(opened, FrozenFile):
             if self.frozen is None:
                 raise FUSEError(errno.ESTALE)
@@ -409,7 +548,8 @@ class LiveMount(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Flush a file to where it lies."""
         opened = self._handles[fh]
-        assert not isinstance(opened, Names)
+        if not isinstance(opened, OpenFile):
+            return  # nothing of it is ever dirty
         await self._in_thread(os.fdatasync if datasync else os.fsync, opened.fd)
 
     @answering
@@ -420,6 +560,8 @@ class LiveMount(pyfuse3.Operations):
             self._tree.close(opened)
         elif isinstance(opened, FrozenFile):
             os.close(opened.fd)
+        elif isinstance(opened, ViewedFile) and self._backups is not None:
+            await self._backups.view.release(opened.fh)
 
     async def flush(self, fh: int) -> None:
         """Answering this once keeps the kernel from asking at every close."""
@@ -430,6 +572,10 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """One extended attribute."""
+        if (view := self._viewed(inode)) is not None:
+            return await view.getxattr(inode, name, ctx)
+        if self._made_up(inode) is not None:
+            raise _NO_ATTRIBUTE
         if inode >> NUMBER_BITS:
             frozen = self._frozen_of(inode)
             found = frozen.xattr(frozen.get(inode), name)
@@ -437,11 +583,22 @@ class LiveMount(pyfuse3.Operations):
                 raise FUSEError(pyfuse3.ENOATTR)
             return found
         item = self._inodes.get(inode)
-        return os.getxattr(item.proc, name)
+        if name == CAPABILITY and item.has_no_capability:
+            raise _NO_ATTRIBUTE
+        try:
+            return os.getxattr(item.proc, name)
+        except OSError as error:
+            # The kernel asks for this one before each write.
+            item.has_no_capability |= name == CAPABILITY and error.errno == errno.ENODATA
+            raise
 
     @answering
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """The names of the extended attributes."""
+        if (view := self._viewed(inode)) is not None:
+            return await view.listxattr(inode, ctx)
+        if self._made_up(inode) is not None:
+            return []
         if inode >> NUMBER_BITS:
             frozen = self._frozen_of(inode)
             return list(frozen.xattrs(frozen.get(inode)))
@@ -463,6 +620,12 @@ class LiveMount(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """How full the file system beneath is."""
         return statvfs_of(os.fstatvfs(self._inodes.root.fd))
+
+
+def _is_stream(flags: int) -> bool:
+    """Whether a file is opened to be written only: then what is written need not be remembered by
+    the kernel as well, which is quicker. (Nothing can be mapped through such a descriptor.)"""
+    return flags & os.O_ACCMODE == os.O_WRONLY
 
 
 def _wanted(attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> Wanted:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from cloudfs.db.cache import boot_id
 from cloudfs.db.marked import MarkedSet
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.live import calls
+from cloudfs.fuse.live.backups import Backups
 from cloudfs.fuse.live.control import Control, Terms
 from cloudfs.fuse.live.inodes import Inode, Inodes
 from cloudfs.fuse.live.job import LiveJob
@@ -56,7 +58,8 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     inodes = Inodes(source_fd, max(limit // 2, limit - 400_000, SPARE_FILES))
     tracker = Tracker(marks, job.block_size)
     tree = LiveTree(inodes, tracker if job.tracking else None)
-    mount = LiveMount(tree)
+    backups = Backups(job.backups) if job.backups is not None else None
+    mount = LiveMount(tree, os.fsencode(job.source), backups)
     control = Control(
         mount,
         tree,
@@ -68,6 +71,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     host = calls.MountNamespace()
     init(mount, job.mountpoint, _options(job))
     device = places.device_of(job.mountpoint) or ""
+    gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
         calls.leave_mount(job.mountpoint)
         inodes.enter(_open_source(job.source))
@@ -119,7 +123,7 @@ async def _run(
         nursery.start_soon(_end_on_signal, nursery)
         nursery.start_soon(control.serve, listener)
         nursery.start_soon(_announce, device, ready)
-        await mount.serve()
+        await mount.serve(nursery)
         nursery.cancel_scope.cancel()
 
 

@@ -243,6 +243,7 @@ class LiveTree:
     def set_xattr(self, inode: Inode, name: bytes, value: bytes) -> None:
         """Set an extended attribute."""
         self._item(inode)
+        inode.has_no_capability = False
         os.setxattr(inode.proc, name, value)
 
     def remove_xattr(self, inode: Inode, name: bytes) -> None:

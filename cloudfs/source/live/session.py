@@ -29,7 +29,11 @@ from cloudfs.source.live.protocol import (
     Question,
 )
 from cloudfs.source.ready import Ready
+from cloudfs.source.state import SourceState, scanning
 from cloudfs.source.syncfs import sync_file_system
+
+STATE_TIMEOUT_S = 5.0
+"""How long somebody who only asks how it stands waits for the mount."""
 
 
 class LiveSource:
@@ -57,6 +61,16 @@ class LiveSource:
             return
         with line:
             yield self._frozen(line, base, whole=whole)
+
+    def state(self, snapshot: int, taken_ns: int) -> SourceState:
+        """What the next sync would go by, if the last snapshot is this one."""
+        try:
+            with Line(self._directory, STATE_TIMEOUT_S) as line:
+                now = line.ask(Question("state"))
+        except SourceError as error:
+            return scanning("live", str(error).rstrip("."))
+        reason = _reason(now, Base(snapshot, taken_ns))
+        return SourceState("live", not reason, reason, None if reason else now.pending)
 
     def _frozen(self, line: Line, base: Base, *, whole: bool) -> Ready:
         before = line.ask(Question("state"))
