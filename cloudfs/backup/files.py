@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as st
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cloudfs.backup.data import DataReader, FileData
@@ -24,6 +25,7 @@ from cloudfs.core.changelist import Range
 from cloudfs.core.changes import DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
 from cloudfs.source.inode import StatReader, Status, read_xattrs, reflink
+from cloudfs.source.live.beneath import TouchedSince
 from cloudfs.source.roots import Roots
 from cloudfs.source.scan import reason
 
@@ -39,6 +41,41 @@ class Outcome:
     # (directory LIN, name, whether it is new)
     absent: list[tuple[int, bytes, bool]] = field(default_factory=list)
     parts: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+
+class Opened:
+    """A directory of the tree, opened when it is first needed: as it stands frozen, and beneath a
+    live mount."""
+
+    def __init__(self, roots: Roots, path: bytes) -> None:
+        self.roots = roots
+        self._path = path
+        self._frozen = self._beneath = -1
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (self._frozen, self._beneath):
+            if fd >= 0:
+                os.close(fd)
+
+    def frozen(self) -> int:
+        """Its descriptor. Raises OSError."""
+        if self._frozen < 0:
+            self._frozen = self.roots.open(self._path)
+        return self._frozen
+
+    def beneath(self) -> int:
+        """That beneath the mount, which there must be. Raises OSError."""
+        if self._beneath < 0:
+            assert self.roots.beneath is not None
+            self._beneath = self.roots.beneath.open(self._path)
+        return self._beneath
+
+
+def _no_check(inodes: Iterable[int]) -> None:
+    """What stands still need not be looked at again."""
 
 
 class FileReader:
@@ -58,7 +95,9 @@ class FileReader:
         self._block_size = block_size
         self._describer = describer
         self._data = data
-        self._stat = reader
+        self._reader = self._stat = reader
+        self._plain = StatReader()
+        self._check: Callable[[Iterable[int]], None] = _no_check
         self._flags = _READ | (os.O_NOATIME if os.geteuid() == 0 else 0)
         self.outcome = Outcome()
 
@@ -89,41 +128,59 @@ class FileReader:
         """Read the items; returns the indexes of new ones that could not be read."""
         new = set(range(len(stats)) if task.names is None else task.names)
         absent = set()
-        try:
-            directory = roots.open(task.path)
-        except OSError as error:
+        with Opened(roots, task.path) as place:
             for index in items:
-                self._failed(task, stats[index], error, index in new)
-            return new.intersection(items)
-        try:
-            for index in items:
+                stat, lin = stats[index], lins[index]
                 try:
-                    self._item(roots, directory, task, index, stats[index], lins[index])
+                    if not self._beneath_mount(place, task, index, stat, lin):
+                        self._item(place.frozen(), roots.open, task, index, stat, lin)
                 except OSError as error:
-                    self._failed(task, stats[index], error, index in new)
+                    self._failed(task, stat, error, index in new)
                     if index in new:
                         absent.add(index)
-        finally:
-            os.close(directory)
         return absent
+
+    def _beneath_mount(
+        self, place: Opened, task: DirTask, index: int, stat: Stat, lin: int
+    ) -> bool:
+        """Do an item beneath a live mount; False where that cannot be, or was touched meanwhile."""
+        beneath = place.roots.beneath
+        if beneath is None:
+            return False
+        self._check, self._stat = beneath.check, self._plain
+        try:
+            self._item(place.beneath(), beneath.open, task, index, stat, lin)
+            return True
+        except (OSError, TouchedSince):
+            return False
+        finally:
+            self._check, self._stat = _no_check, self._reader
 
     def _failed(self, task: DirTask, stat: Stat, error: OSError, new: bool) -> None:
         self.outcome.errors.append((_join(task.path, stat.name), reason(error)))
         self.outcome.absent.append((task.lin, stat.name, new))
 
     def _item(
-        self, roots: Roots, directory: int, task: DirTask, index: int, stat: Stat, lin: int
+        self,
+        directory: int,
+        open_below: Callable[[bytes], int],
+        task: DirTask,
+        index: int,
+        stat: Stat,
+        lin: int,
     ) -> None:
         if stat.is_file:
             base_lin = task.bases.get(index, 0)
             if not self._small(directory, task, stat, lin, base_lin):
                 self._file(directory, task, stat, lin, base_lin, task.ranges.get(index))
         elif stat.is_dir:
-            fd = roots.open(_join(task.path, stat.name))
+            fd = open_below(_join(task.path, stat.name))
             try:
                 status = self._stat.of(fd)
                 flags = self._stat.flags(fd, status)
-                self._describer.describe(lin, task.lin, status, read_xattrs(fd), flags)
+                xattrs = read_xattrs(fd)
+                self._check((stat.ino, status.ino))
+                self._describer.describe(lin, task.lin, status, xattrs, flags)
             finally:
                 os.close(fd)
         else:
@@ -134,7 +191,9 @@ class FileReader:
             target = b""
             if st.S_ISLNK(status.mode):
                 target = os.readlink(stat.name, dir_fd=directory)
-            self._describer.describe(lin, task.lin, status, read_xattrs(path), 0, target=target)
+            xattrs = read_xattrs(path)
+            self._check((stat.ino, status.ino))
+            self._describer.describe(lin, task.lin, status, xattrs, 0, target=target)
 
     def _file(
         self,
@@ -159,6 +218,7 @@ class FileReader:
                     break
                 data = FileData(fd, status, lin, base_lin, ranges, self._stat.extents)
                 bases = self._data.read(data, task.part)
+                self._check((stat.ino, status.ino))
                 if not data.torn and _unchanged(status, os.fstat(fd)):
                     break
                 if attempt == TRIES:
@@ -202,6 +262,7 @@ class FileReader:
                 return False
             flags = self._stat.flags(fd, status)
             xattrs = read_xattrs(fd)
+            self._check((stat.ino, status.ino))
         except OSError:
             return False  # the long way says what is wrong
         finally:

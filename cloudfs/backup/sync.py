@@ -40,7 +40,9 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
         lease, took_over = stack.enter_context(held_lease(job, history, events))
         state = stack.enter_context(contextlib.closing(SyncState(directory, writer=True)))
         source = stack.enter_context(_ready(job, directory, state, history, events))
-        places = RootPlaces(job.settings.sources, source.at, source.nested, source.through_mount)
+        places = RootPlaces(
+            job.settings.sources, source.at, source.nested, source.through_mount, source.beneath
+        )
         roots = stack.enter_context(contextlib.closing(Roots(places)))
 
         def begin() -> Attempt:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cloudfs.core.changelist import Changelist
 from cloudfs.core.manifest import SnapshotRecord
+from cloudfs.source.live.beneath import BeneathPlaces
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Ready:
     changes: Changelist | None = None
     frozen_ns: int | None = None
     through_mount: bool = False  # it is read through what a live mount holds frozen
+    beneath: BeneathPlaces | None = None  # where it is read if nobody has touched it since
     consistent: bool = True  # where it stood still: whether all of it did, till the end
     stable_inodes: bool = False  # an inode number is never given twice, in all of the tree
     notes: list[str] = field(default_factory=list)

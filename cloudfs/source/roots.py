@@ -14,6 +14,7 @@ import msgspec
 from cloudfs.core.changes import Stat, encode_listing
 from cloudfs.core.errors import SourceError, UsageError
 from cloudfs.source.inode import StatReader, open_directory
+from cloudfs.source.live.beneath import Beneath, BeneathPlaces
 from cloudfs.source.live.reading import FrozenReader
 
 HOLDING = b".cloudfs-snapshots"
@@ -40,6 +41,7 @@ class RootPlaces(msgspec.Struct, frozen=True):
     at: list[bytes]
     nested: dict[bytes, bytes] = {}
     through_mount: bool = False
+    beneath: BeneathPlaces | None = None  # where it is read if nobody has touched it since
 
 
 class Roots:
@@ -53,6 +55,7 @@ class Roots:
         self._by_name: dict[bytes, int] = {}
         self._nested: dict[bytes, int] = {}
         self._single = -1
+        self.beneath = Beneath(places.beneath) if places.beneath is not None else None
         try:
             for name, place in zip(names, places.at, strict=True):
                 self._by_name[name] = _open(place)
@@ -118,6 +121,9 @@ class Roots:
 
     def close(self) -> None:
         """Close the sources."""
+        if self.beneath is not None:
+            self.beneath.close()
+            self.beneath = None
         for fd in (*self._by_name.values(), *self._nested.values()):
             os.close(fd)
         self._by_name.clear()

@@ -15,6 +15,7 @@ so any process can run any part of a scan.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat as st
@@ -28,6 +29,7 @@ import xxhash
 from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan
 from cloudfs.source.inode import open_directory
+from cloudfs.source.live.beneath import TouchedSince
 from cloudfs.source.roots import HOLDING, Roots
 from cloudfs.source.unseen import Inode
 
@@ -138,21 +140,41 @@ class Scanner:
         Raises OSError, also where it is not the one with this inode number (0: any is right).
         """
         root_fd, below = self.roots.fd_of(path)
+        beneath = self.roots.beneath
+        if beneath is not None:
+            before = len(self.unlisted)
+            with contextlib.suppress(OSError, TouchedSince):
+                return self._visit(lin, path, record, inode, (beneath.fd, below), -1)
+            del self.unlisted[before:]
+        return self._visit(lin, path, record, inode, (root_fd, below), self._mask)
+
+    def _visit(
+        self,
+        lin: int,
+        path: bytes,
+        record: DirRecord | None,
+        inode: int,
+        place: tuple[int, bytes],
+        mask: int,
+    ) -> DirScan | None:
+        root_fd, below = place
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, inode, self._mask)
+            dev = check_inode(fd, inode, mask)
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
             refused: list[tuple[bytes, OSError]] = []
-            entries = [] if foreign else _list(fd, dev, self._mask, refused)
+            entries = [] if foreign else _list(fd, dev, mask, refused)
+            if self.roots.beneath is not None and root_fd == self.roots.beneath.fd:
+                self.roots.beneath.check([os.fstat(fd).st_ino, *(entry[2] for entry in entries)])
             if refused:
                 self._refuse(path, entries, refused, record)
             if not below:
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             for name, nested_fd in self.roots.nested_in(path).items():
                 entries = [
-                    e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, self._mask)
+                    e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, mask)
                     for e in entries
                 ]
             if self.filters.by_name:

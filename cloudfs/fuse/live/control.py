@@ -154,6 +154,8 @@ class Control:
             now - tracker.first_change_s if tracker.first_change_s else 0.0,
             freeze.number if freeze is not None else 0,
             frozen_ns,
+            self._tree.inodes.root.fd,
+            freeze.touched_fd if freeze is not None else -1,
             error,
             freeze.consistent if freeze is not None else True,
         )

@@ -90,6 +90,11 @@ class Freeze:
         self._readers: dict[int, int] = {}  # inode -> descriptor
         self._pinned: list[Inode] = []
 
+    @property
+    def touched_fd(self) -> int:
+        """The descriptor by which others see what was touched."""
+        return self._touched.fd
+
     def holds(self, inode: Inode) -> bool:
         """Whether an item was there when the freeze began."""
         return inode.born < self.number

@@ -62,6 +62,8 @@ class Answer(msgspec.Struct, frozen=True):
     waiting_s: float  # since the first change that no snapshot holds; 0: there is none
     frozen: int = 0  # the number of the freeze; 0: of none
     frozen_ns: int = 0
+    top_fd: int = -1  # descriptors of that process: of the tree beneath, of what was touched
+    touched_fd: int = -1
     error: str = ""
     consistent: bool = True  # whether what is frozen is one point in time still
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from cloudfs.core.changelist import Changelist, DirChange, merged
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
+from cloudfs.source.live.beneath import BeneathPlaces
 from cloudfs.source.live.client import Line, NotMounted
 from cloudfs.source.live.protocol import (
     FROZEN_PREFIX,
@@ -80,6 +81,10 @@ class LiveSource:
         answer = line.ask(Question("freeze", marked=marked))
         top = before.mountpoint.rstrip(b"/") + b"/" + FROZEN_PREFIX + b"%d" % answer.frozen
         found = Ready("live", [top], frozen_ns=answer.frozen_ns, through_mount=True)
+        process = b"/proc/%d/fd/" % answer.pid
+        found.beneath = BeneathPlaces(
+            process + b"%d" % answer.top_fd, process + b"%d" % answer.touched_fd
+        )
         reason = _reason(answer, base)
         if not reason:
             found.changes, reason = _changelist(line)

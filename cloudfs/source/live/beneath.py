@@ -1,0 +1,61 @@
+"""Reading past a live mount what nobody has touched since the freeze.
+
+What is frozen can be read through the mount, at a request for each question. Most of it is as it
+was, and beneath the mount it is read at full speed; whether it was as it was is asked afterwards
+(:mod:`cloudfs.source.live.touched`). Paths lead where they led at the freeze, for if a directory
+had moved everything would count as touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import msgspec
+
+from cloudfs.core.errors import SourceError
+from cloudfs.source.inode import open_directory
+from cloudfs.source.live.touched import Touched
+
+
+class TouchedSince(Exception):
+    """Something was touched since the freeze, or may have been: read what is frozen."""
+
+
+class BeneathPlaces(msgspec.Struct, frozen=True):
+    """Where to find the tree beneath a mount, and the bits that say what was touched."""
+
+    top: bytes
+    touched: bytes
+
+
+class Beneath:
+    """The tree beneath a live mount, opened."""
+
+    def __init__(self, places: BeneathPlaces) -> None:
+        """Raises SourceError where the mount is gone."""
+        try:
+            self.fd = os.open(places.top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._touched = Touched(os.open(places.touched, os.O_RDONLY | os.O_CLOEXEC))
+            except BaseException:
+                os.close(self.fd)
+                raise
+        except OSError:
+            raise SourceError("the live mount is gone; the sync cannot go on.") from None
+
+    def open(self, path: bytes) -> int:
+        """Open a directory. Raises OSError."""
+        return open_directory(self.fd, path)
+
+    def check(self, inodes: Iterable[int]) -> None:
+        """Raise TouchedSince if any of these was touched since the freeze."""
+        has = self._touched.has
+        for inode in inodes:
+            if has(inode):
+                raise TouchedSince
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+        self._touched.close()
