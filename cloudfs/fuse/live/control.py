@@ -203,7 +203,7 @@ class _Teller:
         inode = frozen.by_handle(number, self._marks.where.get(number, b""))
         if inode is None or not inode.is_dir:
             return []
-        inode.pins += 1
+        inode.uses += 1
         try:
             path = frozen.path(inode, self._paths)
             if path is None:
@@ -214,7 +214,7 @@ class _Teller:
                 found.append(Item(inode.shown, []))
             return found
         finally:
-            inode.pins -= 1
+            inode.uses -= 1
             frozen.release(inode)
 
     def _ranges(self, directory: Inode, name: bytes) -> list[Range]:

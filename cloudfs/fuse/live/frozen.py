@@ -97,7 +97,8 @@ class FrozenTree:
         """What stood under a name; None for nothing. Raises OSError."""
         kept = self.freeze.names.get(parent.number)
         if kept is not None and name in kept:
-            return kept[name]
+            child = kept[name]
+            return child if child is None else self._inodes.opened(child)
         if self._crosses(parent):
             return None
         try:
@@ -185,6 +186,7 @@ class FrozenTree:
         kept = self.freeze.places.get(directory.number)
         if kept is not None:
             return kept
+        self._inodes.opened(directory)
         if not self.freeze.holds(directory) or not os.fstat(directory.fd).st_nlink:
             return None
         name = os.readlink(directory.proc).rpartition(b"/")[2]
@@ -198,7 +200,7 @@ class FrozenTree:
         """A directory that was marked: as it is known, or by its handle; None where it is gone."""
         inode = self._inodes.find(number)
         if inode is not None:
-            return self._inodes.get(number)
+            return self._inodes.opened(inode)
         if not handle:
             raise SourceError("a directory that changed can no longer be found")
         try:

@@ -5,15 +5,18 @@
    the file system's own. What lies on other file systems within the tree, or has too large a
    number, gets one from OTHERS on, for as long as it is known.
 2. The kernel counts what it was told (lookup, create, readdirplus and their like) and says how much
-   of that it has forgotten. At zero the item goes, unless a freeze or an open file holds it
-   (``pins``). Counting and answering happen without an ``await`` in between.
+   of that it has forgotten. At zero the item goes, unless something else knows it: a freeze
+   (``pins``), or an open file or a change that is being made (``uses``). Counting and answering
+   happen without an ``await`` in between.
 3. There may be more items than descriptors. From ``limit`` on, those longest not looked up are held
-   by their file handles only. They are opened again when they are used; where a number was given
-   again meanwhile, the handle does not open (ESTALE), and the new item is another one.
+   by their file handles only, but for what is in use and what has no name any more. They are opened
+   again when they are needed; where a number was given again meanwhile, the handle does not open
+   (ESTALE), and the new item is another one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat as st
@@ -36,7 +39,7 @@ class Inode:
 
     __slots__ = (
         "blocks", "born", "dev", "epoch", "fd", "handle", "has_no_capability", "ino", "is_dir",
-        "is_file", "lookups", "number", "pins", "proc", "shown",
+        "is_file", "lookups", "number", "pins", "proc", "shown", "uses",
     )  # fmt: skip
 
     def __init__(self, number: int, fd: int, status: os.stat_result) -> None:
@@ -48,6 +51,7 @@ class Inode:
         self.is_file = st.S_ISREG(status.st_mode)
         self.lookups = 0
         self.pins = 0
+        self.uses = 0
         self.handle = b""
         self.has_no_capability = False  # security.capability was looked for and is not there
         self.fd = -1
@@ -71,7 +75,7 @@ class Inodes:
         status = os.fstat(root_fd)
         self.dev = status.st_dev
         self.root = Inode(ROOT, root_fd, status)
-        self.root.pins = 1
+        self.root.uses = 1
         self._known = {ROOT: self.root}
         self._others: dict[tuple[int, int], int] = {}
         self._next_other = OTHERS
@@ -92,7 +96,10 @@ class Inodes:
 
     def get(self, number: int) -> Inode:
         """The inode of a number that the kernel was given, held open. Raises OSError (ESTALE)."""
-        inode = self._known[number]
+        return self.opened(self._known[number])
+
+    def opened(self, inode: Inode) -> Inode:
+        """An inode, held open. Raises OSError (ESTALE)."""
         if inode.fd < 0:
             self._reopen(inode)
         return inode
@@ -117,6 +124,7 @@ class Inodes:
 
     def look_up(self, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """The item of a name, known from now on; not counted yet. Raises OSError."""
+        self.opened(parent)
         status = os.stat(name, dir_fd=parent.fd, follow_symlinks=False)
         inode = self._known.get(self.number_of(status))
         if inode is not None and inode.fd >= 0:
@@ -133,10 +141,10 @@ class Inodes:
             # Another item that got its number; what the kernel still knows of the old one is stale.
             inode, number = None, self._renumber(status)
         if inode is None:
-            self._make_room()
+            self._open += 1
             inode = self._known[number] = Inode(number, fd, status)
         elif inode.fd < 0:
-            self._make_room()
+            self._open += 1
             inode.hold(fd)
         else:
             os.close(fd)
@@ -159,7 +167,7 @@ class Inodes:
 
     def release(self, inode: Inode) -> None:
         """Let an item go if nobody knows it any more."""
-        if inode.lookups > 0 or inode.pins > 0:
+        if inode.lookups > 0 or inode.pins > 0 or inode.uses > 0:
             return
         if self._known.get(inode.number) is inode:
             del self._known[inode.number]
@@ -171,24 +179,38 @@ class Inodes:
             self._open -= 1
 
     def unpin(self, inode: Inode) -> None:
-        """Hold an item one time less."""
+        """Something else no longer knows an item."""
         inode.pins -= 1
+        self.release(inode)
+
+    def unuse(self, inode: Inode) -> None:
+        """An item is in use one time less."""
+        inode.uses -= 1
         self.release(inode)
 
     # -- fewer descriptors than items ----------------------------------------------------------
 
-    def _make_room(self) -> None:
-        """Count one more descriptor; the item that it is for is not open yet."""
-        self._open += 1
+    def trim(self) -> None:
+        """Close descriptors if there are too many. To be called when a question is answered, and
+        nothing that was looked up for it is needed any more."""
         if self._open > self._limit:
             for inode in self._idle():
                 self._evict(inode)
+
+    @contextlib.contextmanager
+    def using(self, inode: Inode) -> Iterator[None]:
+        """Let an item stay open while something is waited for."""
+        inode.uses += 1
+        try:
+            yield
+        finally:
+            self.unuse(inode)
 
     def _idle(self) -> list[Inode]:
         """Those that were known first and that nothing holds. They go to the end of the line."""
         found: list[Inode] = []
         for inode in self._known.values():
-            if inode.fd >= 0 and not inode.pins and os.fstat(inode.fd).st_nlink:
+            if inode.fd >= 0 and not inode.uses and os.fstat(inode.fd).st_nlink:
                 found.append(inode)
                 if len(found) == _EVICTED_AT_ONCE:
                     break
@@ -207,9 +229,8 @@ class Inodes:
         self._open -= 1
 
     def _reopen(self, inode: Inode) -> None:
-        fd = calls.open_handle(self._mount_of(inode), inode.handle)
-        self._make_room()
-        inode.hold(fd)
+        inode.hold(calls.open_handle(self._mount_of(inode), inode.handle))
+        self._open += 1
 
     def _mount_of(self, inode: Inode) -> int:
         """A descriptor on the file system of an inode that handles can be opened by."""

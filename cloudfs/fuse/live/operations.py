@@ -161,11 +161,13 @@ class LiveMount(pyfuse3.Operations):
     def _known(self, inode: Inode, status: os.stat_result) -> EntryAttributes:
         """Rule 3."""
         inode.lookups += 1
+        self._inodes.trim()
         return fill(self._lasting, inode.number, status)
 
     def _known_frozen(self, frozen: FrozenTree, inode: Inode) -> EntryAttributes:
         frozen.count(inode)
         status = frozen.freeze.status(inode)
+        self._inodes.trim()
         return fill(self._frozen_lasting, frozen.number(inode), status)
 
     async def _keep(self, inode: Inode, start: int, end: int) -> None:
@@ -268,11 +270,12 @@ class LiveMount(pyfuse3.Operations):
         """Set attributes, or cut or grow a file."""
         item = self._live(inode)
         wanted = _wanted(attr, fields)
-        if wanted.size is not None:
-            await self._keep(item, wanted.size, os.fstat(item.fd).st_size)
         opened = self._handles.get(fh) if fh is not None else None
         fd = opened.fd if isinstance(opened, OpenFile) else -1
-        status = self._tree.set_attributes(item, fd, wanted, By(ctx.uid, ctx.gid))
+        with self._inodes.using(item):
+            if wanted.size is not None:
+                await self._keep(item, wanted.size, os.fstat(item.fd).st_size)
+            status = self._tree.set_attributes(item, fd, wanted, By(ctx.uid, ctx.gid))
         return fill(self._lasting, item.shown, status)
 
     @answering
@@ -412,6 +415,7 @@ class LiveMount(pyfuse3.Operations):
                     return
             elif not self._list_one(listing, name, token, position + 1):
                 return
+            self._inodes.trim()
 
     def _list_one(self, listing: Names, name: bytes, token: ReaddirToken, cookie: int) -> bool:
         frozen = listing.frozen
@@ -461,7 +465,7 @@ class LiveMount(pyfuse3.Operations):
 
     def _list_dots(self, inode: Inode, name: bytes, token: ReaddirToken, cookie: int) -> bool:
         """The directory itself and the one above: the kernel is not told of them."""
-        status = os.fstat(inode.fd)
+        status = os.fstat(self._inodes.opened(inode).fd)
         if name == b".." and inode.number != ROOT:
             status = os.stat(b"..", dir_fd=inode.fd)
         number = status.st_ino
@@ -480,7 +484,8 @@ class LiveMount(pyfuse3.Operations):
         listing = self._handles[fh]
         if not isinstance(listing, Names) or listing.frozen is not None:
             return  # nothing in there is ever dirty
-        await self._in_thread(_flush_directory, listing.inode.proc)
+        with self._inodes.using(self._inodes.opened(listing.inode)):
+            await self._in_thread(_flush_directory, listing.inode.proc)
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -500,9 +505,10 @@ class LiveMount(pyfuse3.Operations):
             fd = os.open(item.proc, os.O_RDONLY | os.O_CLOEXEC)
             return FileInfo(fh=self._handle(FrozenFile(item, fd)), keep_cache=True)
         item = self._inodes.get(inode)
-        if flags & os.O_TRUNC:
-            await self._keep(item, 0, os.fstat(item.fd).st_size)
-        opened = self._tree.open(item, flags, By(ctx.uid, ctx.gid))
+        with self._inodes.using(item):
+            if flags & os.O_TRUNC:
+                await self._keep(item, 0, os.fstat(item.fd).st_size)
+            opened = self._tree.open(item, flags, By(ctx.uid, ctx.gid))
         return FileInfo(fh=self._handle(opened), keep_cache=True, direct_io=_is_stream(flags))
 
     @answering

@@ -186,11 +186,11 @@ class LiveTree:
         except FileNotFoundError:
             yield None
             return
-        child.pins += 1
+        child.uses += 1
         try:
             yield child
         finally:
-            self.inodes.unpin(child)
+            self.inodes.unuse(child)
 
     def rename(
         self, old_parent: Inode, old: bytes, new_parent: Inode, new: bytes, flags: int
@@ -264,13 +264,13 @@ class LiveTree:
         return self._opened(inode, os.open(inode.proc, passed | os.O_CLOEXEC), by)
 
     def _opened(self, inode: Inode, fd: int, by: By) -> OpenFile:
-        inode.pins += 1
+        inode.uses += 1
         return OpenFile(inode, fd, by.keeps_privileges)
 
     def close(self, opened: OpenFile) -> None:
         """Close a file."""
         os.close(opened.fd)
-        self.inodes.unpin(opened.inode)
+        self.inodes.unuse(opened.inode)
 
     def write(self, opened: OpenFile, offset: int, data: bytes) -> int:
         """Write; returns how many bytes. :meth:`keep` comes first."""
