@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import socket
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ import msgspec
 from cloudfs.cli import options, verified
 from cloudfs.cli.app import App, Place
 from cloudfs.cli.commands import external_commands
-from cloudfs.cli.errors import FAILED, SOME_UNREADABLE, explain
+from cloudfs.cli.errors import FAILED, SOME_UNREADABLE
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.progress import Progress
 from cloudfs.core import human
-from cloudfs.core.errors import Held, SourceError, StoreError, UsageError
+from cloudfs.core.errors import SourceError, UsageError
 from cloudfs.core.policy import MAX_WORKERS, Policy
 
 if TYPE_CHECKING:
@@ -52,6 +51,9 @@ class SyncWishes:
     "--every", type=options.DURATION, metavar="DURATION", help="Sync again and again, like 15m."
 )
 @click.option(
+    "--continuous", is_flag=True, help="Sync what changes in a live mount, as the policy says when."
+)
+@click.option(
     "--workers",
     type=click.IntRange(0, MAX_WORKERS),
     metavar="N",
@@ -76,6 +78,7 @@ def sync(
     force: bool,
     wait: bool,
     every: float | None,
+    continuous: bool,
     workers: int | None,
     verify: float | None,
     tags: tuple[str, ...],
@@ -87,20 +90,17 @@ def sync(
     """
     wishes = SyncWishes(dry_run, force, wait, workers, tags, verify)
     name = policy if policy is not None else app.policies.only()
-    if every is None:
-        raise click.exceptions.Exit(sync_once(app, name, wishes))
-    if every < 1:
+    if continuous and every is not None:
+        raise UsageError("--every and --continuous exclude each other.")
+    if every is not None and every < 1:
         raise UsageError("--every must be a second or more.")
-    while True:
-        started = time.monotonic()
-        try:
-            sync_once(app, name, wishes)
-        except (StoreError, SourceError, Held) as error:
-            if app.interrupts.requested:
-                raise
-            app.output.warn(f"cloudfs: {(explain(error) or (str(error), FAILED))[0]}")
-        # Late by less than one period after a long sync, rather than twice in a row.
-        time.sleep(every - math.fmod(time.monotonic() - started, every))
+    if every is None and not continuous:
+        raise click.exceptions.Exit(sync_once(app, name, wishes))
+    from cloudfs.cli import again
+
+    if every is not None:
+        again.every(app, every, lambda: sync_once(app, name, wishes))
+    again.continuously(app, app.policies.load(name).policy, lambda: sync_once(app, name, wishes))
 
 
 def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
