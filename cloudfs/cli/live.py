@@ -7,7 +7,7 @@ import dataclasses
 import os
 
 from cloudfs.cli.app import App
-from cloudfs.cli.mount import LOG_NAME, waiting_daemon
+from cloudfs.cli.mounting import LOG_NAME, waiting_daemon
 from cloudfs.cli.output import quote_path
 from cloudfs.core.errors import CloudfsError, UsageError
 from cloudfs.fuse.job import MountJob

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from cloudfs.cli import options
 from cloudfs.cli.app import App
+from cloudfs.cli.mounting import LOG_NAME, check_programs, waiting_daemon
 from cloudfs.cli.output import quote_path
 from cloudfs.core import human
 from cloudfs.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from cloudfs.fuse.daemon import Daemon
     from cloudfs.fuse.mount import MountJob
 
-LOG_NAME = "mount.log"
 DIRECTORY = click.Path()
 
 
@@ -50,7 +47,7 @@ def mount(
     With --live the tree of the policy is mounted, over itself where no DIR is given, to be read and
     written as before; its syncs then know what changed, and each is one point in time.
     """
-    _check_programs()
+    check_programs()
     from cloudfs.fuse import mountpoint
 
     if live:
@@ -59,7 +56,7 @@ def mount(
         mount_live(app, policy, directory, foreground=foreground, tracking=not no_tracking)
         return
     if directory is None:
-        raise UsageError("name a directory to mount on: cloudfs mount POLICY DIR.")
+        raise UsageError("name a directory to mount on. See `cloudfs mount --help`.")
     mountpoint.check(directory)
     if foreground:
         job, words = _job(app, policy, directory, allow_other=allow_other)
@@ -72,28 +69,6 @@ def mount(
         log = app.environment.state_dir / LOG_NAME
         daemon.mount(dataclasses.replace(job, log_file=log))
     _announce(app, job, words)
-
-
-def _check_programs() -> None:
-    try:
-        import pyfuse3  # noqa: F401  # only to learn whether it is there
-    except ImportError as error:
-        raise UsageError(
-            f"mounting needs pyfuse3 and libfuse3, which cannot be loaded ({error})."
-            " Install fuse3 and the Python package pyfuse3."
-        ) from None
-
-
-@contextlib.contextmanager
-def waiting_daemon() -> Iterator[Daemon]:
-    from cloudfs.fuse.daemon import Daemon
-
-    daemon = Daemon()  # imports while the repository is being opened here
-    try:
-        yield daemon
-    except BaseException:
-        daemon.cancel()
-        raise
 
 
 def _job(app: App, policy: str, directory: str, *, allow_other: bool) -> tuple[MountJob, str]:

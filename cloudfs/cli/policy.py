@@ -17,7 +17,7 @@ from cloudfs.cli.commands import check_commands
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.policies import bad_pattern
 from cloudfs.core.errors import CloudfsError, NoRepository, SourceError, UsageError
-from cloudfs.core.policy import KEYS, Policy, parse_policy, read_value
+from cloudfs.core.policy import KEYS, SOURCES, Policy, parse_policy, read_value
 
 if TYPE_CHECKING:
     from cloudfs.db.local import LocalState
@@ -41,11 +41,14 @@ def key_options(function: F) -> F:
         (("--region",), {"metavar": "NAME"}),
         (("--profile",), {"metavar": "NAME"}),
         (("--single-writer/--no-single-writer",), {"default": None}),
-        (("--snapshot",), {"metavar": "[auto|scan|btrfs|external]"}),
+        (("--snapshot",), {"metavar": f"[{'|'.join(SOURCES)}]"}),
         (("--external-snapshot",), {"metavar": "COMMAND"}),
         (("--external-changes",), {"metavar": "COMMAND"}),
         (("--external-release",), {"metavar": "COMMAND"}),
         (("--external-timeout",), {"metavar": "DURATION"}),
+        (("--kept-room",), {"metavar": "SIZE"}),
+        (("--when-full",), {"metavar": "[wait|inconsistent]"}),
+        (("--sync-on",), {"metavar": "[batch|write|DURATION]"}),
         (("--block-size",), {"metavar": "SIZE"}),
         (("--pack-size",), {"metavar": "SIZE"}),
         (("--pack-time-limit",), {"metavar": "DURATION"}),
@@ -135,6 +138,8 @@ def _way(new: Policy) -> str:
         return "scan (not a btrfs subvolume; see cloudfs-policy(5))"
     if way == "watch":
         return f"a watch daemon (start it: cloudfs watch {new.name})"
+    if way == "live":
+        return f"a live mount (make it: cloudfs mount --live {new.name})"
     if way == "external":
         return "external commands" if new.external_changes else "scan of external snapshots"
     return "btrfs snapshots" if way == "btrfs" else way

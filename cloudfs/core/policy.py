@@ -292,7 +292,7 @@ KEYS: dict[str, Key] = {
     "single_writer": Key(
         "single_writer", _flag, _written_flag, "For a store that ignores conditional writes."
     ),
-    "snapshot": Key("snapshot", _snapshot, _quoted, 'How changes are found: "auto" or "scan".'),
+    "snapshot": Key("snapshot", _snapshot, _quoted, 'How changes are found; "auto" for the best.'),
     "external_snapshot": Key(
         "external_snapshot", _command, _quoted_list, "Command that makes a snapshot of a source."
     ),

@@ -12,6 +12,8 @@ def choose(wanted: str, sources: list[bytes]) -> str:
 
     Raises SourceError where what is wanted cannot be.
     """
+    if wanted == "live" and len(sources) > 1:
+        raise SourceError("a live mount shows one source; make a policy for each.")
     if wanted in ("scan", "watch", "live", "external"):
         return wanted
     from cloudfs.source.btrfs import subvolume

@@ -324,7 +324,7 @@ def _list(fd: int, dev: int, mask: int, refused: list[tuple[bytes, OSError]]) ->
     return entries
 
 
-def _raw(name: bytes, status: os.stat_result, dev: int, mask: int) -> RawEntry:
+def _raw(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> RawEntry:
     """An entry of a listing, in a directory on device ``dev``. ``mask``: what of an inode number
     is the item's own."""
     return (

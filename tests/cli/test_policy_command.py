@@ -45,6 +45,7 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
     options += " --exclude-if-present .nobackup --one-file-system --tag a --tag b"
     options += " --upload-limit 1MB --download-limit 2MB --snapshot scan --region r --profile p"
     options += " --verify-source 5% --single-writer --mode 0600 --external-timeout 1h"
+    options += " --kept-room 2GiB --when-full inconsistent --sync-on write"
     relative = os.path.relpath(tree, machine.home)
     arguments = ["--source", relative, "--repo", str(tmp_path / "r"), *options.split()]
     arguments += [
@@ -70,6 +71,9 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         "external_changes": ["c"],
         "external_release": [],
         "external_timeout_s": 3600.0,
+        "kept_room": 2 << 30,
+        "when_full": "inconsistent",
+        "sync_on": "write",
         "block_size": 64 << 10,
         "pack_size": 16 << 20,
         "pack_time_limit_s": 90.0,
@@ -94,7 +98,7 @@ def test_create_takes_all_keys(machine: Machine, tree: Path, tmp_path: Path) -> 
         (["a/b"], '"a/b" cannot be a name'),
         (["home", "--block-size", "1k"], "--block-size: a power of two"),
         (["home", "--pack-size", "x"], '--pack-size: "x" is no size'),
-        (["home", "--snapshot", "live"], '--snapshot: "live" is not possible yet'),
+        (["home", "--snapshot", "life"], '--snapshot: "life" is no way to find changes'),
         (["home", "--snapshot", "external"], "--snapshot external needs --external-snapshot"),
         (["home", "--external-changes", "a 'b"], "--external-changes: it is no command"),
         (["home", "--compression", "lz4"], '--compression: "lz4" is no compression'),

@@ -17,7 +17,7 @@ import pytest
 from cloudfs.core.rows import ItemType
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.inodes import split
-from cloudfs.fuse.mount import READ_AHEAD_KIB
+from cloudfs.fuse.mounting import READ_AHEAD_KIB
 from cloudfs.fuse.turns import TASKS
 from tests.fuse.compare import assert_same, make_odd_tree
 from tests.fuse.conftest import BLOCK, Bench, wait_until
