@@ -49,6 +49,16 @@ def mounts() -> list[Mounted]:
     return found
 
 
+def mountpoints() -> list[str]:
+    """Where they are, without asking any of them."""
+    lines = [line.partition(b" - ") for line in MOUNTINFO.read_bytes().splitlines()]
+    return [
+        os.fsdecode(_unescape(fields.split(b" ")[4]))
+        for fields, _, rest in lines
+        if rest.split(b" ")[0] in _KINDS
+    ]
+
+
 def _unescape(field: bytes) -> bytes:
     return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field)
 

@@ -12,7 +12,7 @@ import ctypes
 import os
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _renameat2 = _libc.renameat2
@@ -119,12 +119,13 @@ class MountNamespace:
             raise _error()
 
 
-def leave_mount(path: str) -> None:
+def leave_mount(path: str, others: Iterable[str] = ()) -> None:
     """Let this process, and it alone, see what lies beneath the mount at ``path``.
 
     So nothing that it opens by a path (its log, its state) can lead to a question that only it
-    could answer. Mounts that others make are still seen. Call it before there are threads. Raises
-    OSError.
+    could answer. Mounts that others make are still seen where mounts are shared. Where they are
+    not, those that are there now stay here after they were unmounted: ``others`` are left too,
+    since their processes would not end. Call it before there are threads. Raises OSError.
     """
     if (
         _libc.unshare(_CLONE_NEWNS)
@@ -132,6 +133,8 @@ def leave_mount(path: str) -> None:
         or _libc.umount2(os.fsencode(path), _MNT_DETACH)
     ):
         raise _error()
+    for other in others:
+        _libc.umount2(os.fsencode(other), _MNT_DETACH)  # one that is gone need not be left
 
 
 def raise_file_limit() -> int:

@@ -3,7 +3,7 @@
 1. An item is held by an O_PATH descriptor, so neither renames nor symlinks can lead elsewhere, and
    its inode number is not given again for as long as it is held. The number that the kernel gets is
    the file system's own. What lies on other file systems within the tree, or has too large a
-   number, gets one from OTHERS on, for as long as it is known.
+   number, gets one from OTHERS on: always the same, as it is known by that in marks and snapshots.
 2. The kernel counts what it was told (lookup, create, readdirplus and their like) and says how much
    of that it has forgotten. At zero the item goes, unless something else knows it: a freeze
    (``pins``), or an open file or a change that is being made (``uses``). Counting and answering
@@ -22,6 +22,8 @@ import os
 import stat as st
 from collections.abc import Iterator
 
+import xxhash
+
 from cloudfs.core.marks import Blocks
 from cloudfs.fuse.live import calls
 
@@ -39,7 +41,7 @@ class Inode:
 
     __slots__ = (
         "blocks", "born", "dev", "epoch", "fd", "handle", "has_no_capability", "ino", "is_dir",
-        "is_file", "lookups", "number", "pins", "proc", "shown", "uses",
+        "is_file", "lookups", "nested", "number", "pins", "proc", "shown", "uses",
     )  # fmt: skip
 
     def __init__(self, number: int, fd: int, status: os.stat_result) -> None:
@@ -47,6 +49,7 @@ class Inode:
         self.shown = number if number != ROOT else status.st_ino  # what lstat says
         self.dev = status.st_dev
         self.ino = status.st_ino
+        self.nested = False  # on another file system than the top
         self.is_dir = st.S_ISDIR(status.st_mode)
         self.is_file = st.S_ISREG(status.st_mode)
         self.lookups = 0
@@ -78,7 +81,6 @@ class Inodes:
         self.root.uses = 1
         self._known = {ROOT: self.root}
         self._others: dict[tuple[int, int], int] = {}
-        self._next_other = OTHERS
         self._limit = limit
         self._open = 1
         self._mounts: dict[int, int] = {}  # by device, a descriptor for opening by handle
@@ -118,8 +120,16 @@ class Inodes:
         key = (status.st_dev, status.st_ino)
         number = self._others.get(key)
         if number is None:
-            number = self._others[key] = self._next_other
-            self._next_other += 1
+            number = self._others[key] = self._free(*key)
+        return number
+
+    def _free(self, dev: int, ino: int) -> int:
+        """A number from OTHERS on that nothing known has: one that is made of device and number,
+        which all others will hardly ever be as well."""
+        digest = xxhash.xxh3_64_intdigest(b"%d %d" % (dev, ino))
+        number = OTHERS | digest >> 17
+        while number in self._known:
+            number = OTHERS | (number + 1 & MASK)
         return number
 
     def look_up(self, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
@@ -143,6 +153,7 @@ class Inodes:
         if inode is None:
             self._open += 1
             inode = self._known[number] = Inode(number, fd, status)
+            inode.nested = status.st_dev != self.dev
         elif inode.fd < 0:
             self._open += 1
             inode.hold(fd)
@@ -151,8 +162,8 @@ class Inodes:
         return inode, status
 
     def _renumber(self, status: os.stat_result) -> int:
-        self._next_other += 1
-        number = self._others[status.st_dev, status.st_ino] = self._next_other - 1
+        key = (status.st_dev, status.st_ino)
+        number = self._others[key] = self._free(*key)
         return number
 
     def _is_same(self, inode: Inode, fd: int) -> bool:

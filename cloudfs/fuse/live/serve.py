@@ -73,7 +73,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     device = places.device_of(job.mountpoint) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
-        calls.leave_mount(job.mountpoint)
+        calls.leave_mount(job.mountpoint, _elsewhere(job))
         inodes.enter(_open_source(job.source))
         tracker.begin(boot_id(), _identity(inodes.root.fd), device, covered)
         if not job.tracking:
@@ -166,6 +166,13 @@ def _replace_dead(mountpoint: str) -> str:
         )
     places.unmount(mountpoint, lazy=True)
     return found[-1].device
+
+
+def _elsewhere(job: LiveJob) -> list[str]:
+    """Where other cloudfs mounts are, newest first, but for those within the source."""
+    within = job.source.rstrip("/") + "/"
+    found = reversed(places.mountpoints())
+    return [path for path in found if path != job.mountpoint and not path.startswith(within)]
 
 
 def _open_source(source: str) -> int:

@@ -30,11 +30,9 @@ from cloudfs.source.live.protocol import Base
 
 log = logging.getLogger(__name__)
 
-AHEAD = 64
-"""Blocks beyond the end of a growing file that are marked with the one that is written to."""
-
-AHEAD_WITHIN = 8
-"""The same within a file that is being overwritten from one end to the other."""
+AHEAD = 8
+"""Blocks that are marked with the one that is written to, in a file that is being overwritten from
+one end to the other."""
 
 FIRST_TIME = "no snapshot was taken since it was mounted live"
 
@@ -134,18 +132,17 @@ class Tracker:
 
     def data(self, inode: Inode, start: int, end: int, size: int) -> None:
         """The bytes from ``start`` to before ``end`` of a file of ``size`` are about to change."""
+        if end > size:
+            # All behind the old end is new, however far away it is that something is written.
+            self.data_from(inode, min(start, size))
+            return
         blocks = self._blocks_of(inode)
-        block_size = self._block_size
-        first, last = start // block_size, (end - 1) // block_size
-        if start > size:
-            first = size // block_size  # what was a hole, and the end before it, grows
+        first, last = start // self._block_size, (end - 1) // self._block_size
         if blocks.covers(first, last):
             self.last_change_s = self._clock_s()
             return
-        if last * block_size >= size:
+        if first and blocks.covers(first - 1, first - 1):
             last += AHEAD
-        elif first and blocks.covers(first - 1, first - 1):
-            last += AHEAD_WITHIN
         groups = blocks.add(first, last)
         number = inode.number
         self._add([marked.group_row(number, g, blocks.groups[g]) for g in groups])
@@ -210,9 +207,12 @@ class Tracker:
         return found
 
     def _whereabouts(self, directory: Inode) -> list[Row]:
-        """How a directory is found again when it is no longer known."""
+        """How a directory is found again when it is no longer known. Where it has no handle on the
+        tree's own file system the next sync scans if it is not."""
+        if directory.nested:
+            return []
         if not directory.handle:
-            with contextlib.suppress(OSError):  # no handles: it is held for as long as it is marked
+            with contextlib.suppress(OSError):
                 directory.handle = calls.handle_of(directory.fd)
         if not directory.handle:
             return []
