@@ -49,6 +49,8 @@ def _job(app: App, name: str, directory: str | None, *, tracking: bool) -> LiveJ
     source = os.path.realpath(policy.sources[0])
     mountpoint = source if directory is None else os.path.realpath(directory)
     _check_mountpoint(source, mountpoint)
+    for tree in {source, mountpoint}:
+        _check_places(app, tree)
     return LiveJob(
         source,
         mountpoint,
@@ -79,6 +81,17 @@ def _backups(app: App, name: str, mountpoint: str) -> MountJob | None:
     except CloudfsError as error:
         app.output.warn(f"cloudfs: .snapshot is not shown: {error}")
         return None
+
+
+def _check_places(app: App, tree: str) -> None:
+    """What a sync writes to while it holds the tree frozen must not be frozen with it."""
+    environment = app.environment
+    for what, place in (("state", environment.state_dir), ("cache", environment.cache_dir)):
+        if os.path.commonpath([tree, os.path.realpath(place)]) == tree:
+            raise UsageError(
+                f"cloudfs keeps its {what} in {place}, within the tree that is to be mounted live;"
+                f" set CLOUDFS_{what.upper()}_DIR to a place outside of it."
+            )
 
 
 def _check_mountpoint(source: str, mountpoint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -143,9 +144,23 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
     return SOME_UNREADABLE if result.unreadable else 0
 
 
+def _is_dead_mount(source: str) -> bool:
+    try:
+        os.lstat(source)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
 def check_sources(policy: Policy) -> None:
     """Before the repository is opened: what is wrong with the sources is wrong anyway."""
     for source in policy.sources:
+        if _is_dead_mount(source):
+            raise SourceError(
+                f"the process behind the live mount at {quote_path(os.fsencode(source))} is gone."
+                f" `cloudfs mount --live {policy.name}` puts another in its place; nothing was"
+                " backed up."
+            )
         if not os.path.lexists(source):
             raise SourceError(
                 f"the source {quote_path(os.fsencode(source))} of {policy.name} does not exist."

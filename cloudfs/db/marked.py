@@ -89,8 +89,9 @@ class Marks:
 
     @property
     def count(self) -> int:
-        """How many names and items there are."""
-        return sum(map(len, self.names.values())) + len(self.items | self.blocks.keys())
+        """How many names and items there are; an item of which both attributes and data were
+        marked counts twice."""
+        return sum(map(len, self.names.values())) + len(self.items) + len(self.blocks)
 
 
 class MarkedSet:

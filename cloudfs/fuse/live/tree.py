@@ -228,7 +228,6 @@ class LiveTree:
         """The end of a file is about to be elsewhere."""
         before = os.fstat(inode.fd).st_size
         if self.tracker is not None:
-            self.tracker.item(inode)
             self.tracker.data_from(inode, min(size, before))
         if self.freeze is not None:
             self.freeze.keep_row(inode)
