@@ -318,7 +318,10 @@ class Attempt:
     # -- after -----------------------------------------------------------------------------------
 
     def _conclude(self, walk: Walk) -> SyncResult:
+        told = len(self._source.notes)
         self._source.intact()
+        for note in self._source.notes[told:]:
+            self._events.note(note)
         collected = self._collected
         collected.errors.extend(set(walk.errors).difference(collected.errors))
         collected.errors.extend(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as st
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cloudfs.backup.data import DataReader, FileData
@@ -74,7 +74,7 @@ class Opened:
         return self._beneath
 
 
-def _no_check(inodes: Iterable[int]) -> None:
+def _no_check(inodes: tuple[int, int]) -> None:
     """What stands still need not be looked at again."""
 
 
@@ -97,7 +97,7 @@ class FileReader:
         self._data = data
         self._reader = self._stat = reader
         self._plain = StatReader()
-        self._check: Callable[[Iterable[int]], None] = _no_check
+        self._check: Callable[[tuple[int, int]], None] = _no_check
         self._flags = _READ | (os.O_NOATIME if os.geteuid() == 0 else 0)
         self.outcome = Outcome()
 
@@ -147,7 +147,7 @@ class FileReader:
         beneath = place.roots.beneath
         if beneath is None:
             return False
-        self._check, self._stat = beneath.check, self._plain
+        self._check, self._stat = beneath.check_same, self._plain
         try:
             self._item(place.beneath(), beneath.open, task, index, stat, lin)
             return True

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from cloudfs.backup.attempt import Attempt, check_stop
+from cloudfs.backup.attempt import Attempt, check_stop, signature_of, why_not_trusted
 from cloudfs.backup.coalesce import PageSpool
 from cloudfs.backup.exclusive import held_lease, local_lock
 from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
@@ -85,9 +85,17 @@ def _ready(
         from cloudfs.source.live.session import LiveSource
 
         live = LiveSource(settings.sources, job.repository.local.live_dir(settings.name))
-        base = Base(state.head.snapshot, state.head.taken_ns)
-        whole = bool(settings.verify or state.head.again or state.head.unread)
-        return live.ready(settings.name, base, whole=whole)
+        head, last = state.head, history.manifest.last_snapshot
+        base = Base(head.snapshot, head.taken_ns)
+        marked_only = (
+            not settings.verify
+            and not head.again
+            and not why_not_trusted(head, signature_of(settings))
+            and not settings.filters.by_name  # what was left out can come in by being moved
+            and last is not None
+            and base == Base(last.number, last.time_ns)
+        )
+        return live.ready(settings.name, base, whole=not marked_only)
     if chosen == "watch":
         from cloudfs.source.watch.session import WatchSource
 

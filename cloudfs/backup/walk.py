@@ -210,7 +210,8 @@ class Walk:
             self.changed.append(lin)
 
     def _same_directory(self, lin: int, path: bytes) -> bool:
-        """Whether a directory was born when the one on record was; inodes are used again."""
+        """Whether a directory was born when the one on record was; inodes are used again. (Read
+        through a mount, birth times are not known.)"""
         meta = self._view.meta(lin) if self._view is not None else None
         if meta is None:
             return False
@@ -222,7 +223,7 @@ class Walk:
             born_ns = self._stat.of(fd).btime_ns
         finally:
             os.close(fd)
-        return meta.btime_ns == born_ns
+        return meta.btime_ns == born_ns or not (meta.btime_ns and born_ns)
 
     def _finish(self) -> None:
         for task, lin, record in self.diff.finish():

@@ -22,6 +22,7 @@ from cloudfs.db.cache import MAX_READERS, reserve_locks
 MAP_BYTES = 1 << 38
 _AT_ONCE = 1000
 _STATE = b"state"
+_COMPLETE = "complete"
 
 # Kinds of rows. After the kind comes the inode number, then what is said of it.
 NAME = b"N"  # a name in a directory
@@ -100,6 +101,7 @@ class MarkedSet:
     def __init__(self, directory: Path) -> None:
         """Open or make it. Raises lmdb.Error, OSError where the disk does not allow it."""
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._complete = directory / _COMPLETE
         reserve_locks(directory)
         self._env = lmdb.open(
             str(directory), map_size=MAP_BYTES, sync=False, mode=0o600, max_readers=MAX_READERS
@@ -155,6 +157,20 @@ class MarkedSet:
         """What was saved last; b"" for nothing."""
         with self._env.begin() as txn:
             return bytes(txn.get(b"\xff\xff\xff\xff" + _STATE, b""))
+
+    # A file that is there while all is on disk: on a full one it can still be taken away.
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was written, as far as the last writer knew."""
+        return self._complete.exists()
+
+    def set_complete(self, complete: bool) -> None:
+        """Say so. Raises OSError."""
+        if complete:
+            self._complete.touch()
+        else:
+            self._complete.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close it."""

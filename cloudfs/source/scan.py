@@ -29,7 +29,8 @@ import xxhash
 from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan
 from cloudfs.source.inode import open_directory
-from cloudfs.source.live.beneath import TouchedSince
+from cloudfs.source.live.beneath import Beneath, TouchedSince
+from cloudfs.source.live.protocol import OTHERS
 from cloudfs.source.roots import HOLDING, Roots
 from cloudfs.source.unseen import Inode
 
@@ -167,7 +168,7 @@ class Scanner:
             refused: list[tuple[bytes, OSError]] = []
             entries = [] if foreign else _list(fd, dev, mask, refused)
             if self.roots.beneath is not None and root_fd == self.roots.beneath.fd:
-                self.roots.beneath.check([os.fstat(fd).st_ino, *(entry[2] for entry in entries)])
+                self._check_beneath(self.roots.beneath, fd, dev, entries)
             if refused:
                 self._refuse(path, entries, refused, record)
             if not below:
@@ -187,6 +188,14 @@ class Scanner:
             return None
         found = _describe(lin, path, dev, entries, listing, signature, now_ns)
         return self._doubting_mapped(found, entries)
+
+    @staticmethod
+    def _check_beneath(beneath: Beneath, fd: int, dev: int, entries: list[RawEntry]) -> None:
+        """Raise TouchedSince where a directory has to be read through the mount: it was touched, or
+        the mount has numbers of its own for something in it."""
+        if dev != beneath.device or any(entry[-1] or entry[2] >= OTHERS for entry in entries):
+            raise TouchedSince
+        beneath.check([os.fstat(fd).st_ino, *(entry[2] for entry in entries)])
 
     def _refuse(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import struct
 import time
@@ -84,7 +85,9 @@ class Control:
         self._terms = terms
         self._mountpoint = mountpoint
         self._source = source
-        self._freezes = 0
+        # They go on from a number that nobody can guess: what is frozen is found by it, and a user
+        # of the tree could make something of that name there.
+        self._freezes = secrets.randbits(60)
 
     async def serve(self, listener: socket.socket) -> None:
         """Answer until cancelled."""

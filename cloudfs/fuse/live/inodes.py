@@ -26,9 +26,9 @@ import xxhash
 
 from cloudfs.core.marks import Blocks
 from cloudfs.fuse.live import calls
+from cloudfs.source.live.protocol import OTHERS
 
 ROOT = 1
-OTHERS = 1 << 47
 MASK = (1 << 48) - 1
 """The numbers of live items; above these bits stand those of frozen ones and of backups."""
 

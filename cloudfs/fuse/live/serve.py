@@ -51,6 +51,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     lock = _lock(directory, job)
     covered = _replace_dead(job.mountpoint)
     source_fd = _open_source(job.source)
+    source_lock = _lock_source(job)
     marks = MarkedSet(directory / MARKS)
     listener, directory_fd = _listen(directory)
     os.umask(0)
@@ -85,6 +86,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         pyfuse3.close(unmount=still)
         (directory / SOCKET).unlink(missing_ok=True)
         marks.close()
+        os.close(source_lock)
         os.close(lock)
 
 
@@ -152,6 +154,23 @@ def _lock(directory: Path, job: LiveJob) -> int:
         raise UsageError(
             f"{job.name} is mounted live already; `cloudfs status` says where."
         ) from None
+    return fd
+
+
+def _lock_source(job: LiveJob) -> int:
+    """Be the only live mount of a tree, wherever another is: it would not hear of what is done
+    through this one. Raises UsageError."""
+    twice = f"{job.source} is mounted live already; `cloudfs status` says where."
+    if not job.over_source and any(
+        mounted.mountpoint == job.source and mounted.live for mounted in places.mounts()
+    ):
+        raise UsageError(twice)
+    fd = os.open(job.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise UsageError(twice) from None
     return fd
 
 

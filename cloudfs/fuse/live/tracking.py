@@ -8,7 +8,8 @@
    mount that is started anew if it takes the place of one that died in this boot and still stood
    where it was, so that nobody could go past it. Else there is no base, and the next sync scans.
 4. What cannot be marked (the disk is full, the state is gone) is never an error to who writes: the
-   epoch is *lost*, and the next sync scans and says why.
+   epoch is *lost*, and the next sync scans and says why. Where not even that can be written down,
+   what is on disk is no longer called complete, and no other process believes it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ AHEAD = 8
 one end to the other."""
 
 FIRST_TIME = "no snapshot was taken since it was mounted live"
+INCOMPLETE = "changes could not be noted before the mount's process ended"
 
 
 class State(msgspec.Struct, frozen=True):
@@ -72,6 +74,7 @@ class Tracker:
         self._where: dict[int, bytes] = {}
         self._before: dict[int, Marks] = {}  # by epoch
         self._identity = ("", "", "")
+        self._complete = False  # what is on disk: see rule 4
         self.last_change_s = 0.0
         self.first_change_s = 0.0
 
@@ -88,12 +91,15 @@ class Tracker:
         if state is not None and known and covered and state.device == covered:
             self.base, self.first, self.epoch = state.base, state.first, state.epoch + 1
             self.lost = {state.epoch: state.lost} if state.lost else {}
+            if not self._kept.complete:
+                self.lost = {state.epoch: INCOMPLETE}
             for epoch in range(self.first, self.epoch):
                 self._before[epoch] = self._kept.load(epoch, epoch)
         else:
             words = "the tree could be changed while it was not mounted live"
-            self._kept.clear()
             self.lost = {0: FIRST_TIME if state is None or state.base is None else words}
+            with self._or_lost():
+                self._kept.clear()
         self.save()
 
     def _saved(self) -> State | None:
@@ -109,6 +115,9 @@ class Tracker:
         state = State(boot, identity, device, self.base, self.first, self.epoch, lost)
         with self._or_lost():
             self._kept.save_state(msgspec.msgpack.encode(state))
+            if not self._complete:
+                self._kept.set_complete(True)
+                self._complete = True
 
     # -- marking -------------------------------------------------------------------------------
 
@@ -183,6 +192,9 @@ class Tracker:
             if self.epoch not in self.lost:
                 self.lost[self.epoch] = f"changes could not be noted ({error})"
                 log.error("Changes can no longer be noted: %s", error)
+            self._complete = False
+            with contextlib.suppress(OSError):
+                self._kept.set_complete(False)
 
     def _touch(self) -> None:
         now = self.last_change_s = self._clock_s()

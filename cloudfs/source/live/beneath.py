@@ -41,6 +41,7 @@ class Beneath:
             except BaseException:
                 os.close(self.fd)
                 raise
+            self.device = os.fstat(self.fd).st_dev
         except OSError:
             raise SourceError("the live mount is gone; the sync cannot go on.") from None
 
@@ -54,6 +55,13 @@ class Beneath:
         for inode in inodes:
             if has(inode):
                 raise TouchedSince
+
+    def check_same(self, inodes: tuple[int, int]) -> None:
+        """The same of an item, by the numbers it was listed with and read with. (They also differ
+        where the mount has one of its own for it, by which it is known.)"""
+        if inodes[0] != inodes[1]:
+            raise TouchedSince
+        self.check(inodes)
 
     def close(self) -> None:
         """Close it."""

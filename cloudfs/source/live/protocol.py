@@ -25,6 +25,11 @@ EXTENTS_ATTRIBUTE = b"trusted.cloudfs.extents"
 """What no other call tells of a frozen item: :class:`MoreStatus`; where its data lies."""
 
 
+OTHERS = 1 << 47
+"""From here on are the numbers that the mount gives what lies on other file systems, or has too
+large a number."""
+
+
 class Base(msgspec.Struct, frozen=True):
     """The snapshot since which everything was marked: its number and time."""
 
