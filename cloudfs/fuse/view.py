@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 import stat
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -119,6 +120,11 @@ class View(pyfuse3.Operations):
         if sentence != self._complaint:
             self._complaint = sentence
             log.error("%s", sentence)
+
+    def expect_news(self) -> None:
+        """Look for new snapshots when next the top is looked at, however short ago that was."""
+        self._made = -math.inf
+        self._refreshed.clear()
 
     def attach(self, nursery: trio.Nursery, turns: Turns) -> None:
         """Be part of another mount: what is begun in the background, and whose turn it is, is that

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 SIZE = 1 << 30
+MKFS_TRIES = 10
 
 
 @contextlib.contextmanager
@@ -47,6 +49,14 @@ def subvolume(path: Path) -> Path:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command that must succeed."""
-    done = subprocess.run(command, capture_output=True, check=False)
+    """Run a command that must succeed.
+
+    One that makes a file system looks at every mount of the machine first, and gives up where the
+    server of one was killed just now, as tests that run beside this one do.
+    """
+    for attempt in range(MKFS_TRIES):
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode == 0 or not str(command[0]).startswith("mkfs"):
+            break
+        time.sleep(attempt / 10)
     assert done.returncode == 0, f"{command}: {done.stderr!r}"

@@ -170,8 +170,8 @@ def test_data_that_changed_behind_the_same_times(rig: Rig, tell: Tell) -> None:
 
     real = scanning._raw
 
-    def unmoved(name: bytes, status: os.stat_result, dev: int) -> scanning.RawEntry:
-        found = real(name, status, dev)
+    def unmoved(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> scanning.RawEntry:
+        found = real(name, status, dev, mask)
         return found if name not in (b"told", b"untold") else known[name]
 
     known = {

@@ -171,6 +171,7 @@ class Control:
     def confirm(self, epoch: int, base: Base) -> None:
         """All up to an epoch is in a snapshot."""
         self._tracker.confirm(epoch, base)
+        self._mount.expect_news()
 
     async def changes(self, frozen: FrozenTree, epoch: int) -> AsyncIterator[Change]:
         """Rules 3 and 4."""

@@ -120,6 +120,11 @@ class LiveMount(pyfuse3.Operations):
             self._backups.begin(nursery, self.turns)
         await pyfuse3.main(max_tasks=TASKS)
 
+    def expect_news(self) -> None:
+        """A sync made a snapshot: show it."""
+        if self._backups is not None:
+            self._backups.view.expect_news()
+
     async def _in_thread(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
         with self.turns.away():
             return await trio.to_thread.run_sync(question, *args)
