@@ -7,7 +7,8 @@ without waiting for anything:
 
 1. The leader waits for the next question right on the device: who walks a tree asks again at once.
    It looks LOOKS times (some 60 µs), since falling asleep and being woken costs more than most
-   answers, where there is more than one processor; then it sleeps, for POLL_MS at most. Then, and
+   answers, where there is more than one processor, and fewer times for as long as that is in vain;
+   then it sleeps, for POLL_MS at most. Then, and
    every SCHEDULE_EVERY questions, it waits as trio would have it, so that all other tasks get their
    share. While threads are out, it does not wait on the device.
 2. Who must wait for something calls :meth:`Turns.away`; the turn goes to a task that is parked.
@@ -47,7 +48,7 @@ class Turns(trio.abc.Instrument):
         self._leader: trio.lowlevel.Task | None = None
         self._parked = trio.lowlevel.ParkingLot()
         self._away = 0
-        self._looks = LOOKS if len(os.sched_getaffinity(0)) > 1 else 1
+        self._most_looks = self._looks = LOOKS if len(os.sched_getaffinity(0)) > 1 else 1
         self._count = 0
 
     def install(self) -> None:
@@ -80,7 +81,9 @@ class Turns(trio.abc.Instrument):
         """Whether there is a question, now or soon."""
         for _ in range(self._looks):
             if self._poll.poll(0):
+                self._looks = self._most_looks
                 return True
+        self._looks = self._looks + 1 >> 1  # in vain: whoever asks is slower, or does not run
         return not self._away and bool(self._poll.poll(POLL_MS))
 
     @contextlib.contextmanager

@@ -41,7 +41,7 @@ changes itself; this is for what others change beneath."""
 
 ABSENT_S = 1.0
 FOREVER_S = 86400.0
-TASKS = 256
+TASKS = 128
 MAX_WAITING = TASKS // 2
 """Questions at the same time, and how many of them may wait for a freeze to end: what is frozen
 must still be read meanwhile. Before more would wait, it is given up as a point in time."""
