@@ -29,11 +29,12 @@ class Blocks:
         """Whether all blocks from ``first`` to ``last`` are in the set."""
         if first >= self.tail:
             return True
+        last = min(last, self.tail - 1)
         group = first >> 10
         if last >> 10 == group:
             wanted = ((2 << (last - first)) - 1) << (first & 1023)
             return self.groups.get(group, 0) & wanted == wanted
-        return all(self.covers(*part) for part in _by_group(first, min(last, self.tail - 1)))
+        return all(self.covers(*part) for part in _by_group(first, last))
 
     def add(self, first: int, last: int) -> list[int]:
         """Add the blocks from ``first`` to ``last``; returns the groups that were changed."""
