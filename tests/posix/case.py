@@ -118,11 +118,18 @@ def as_user(
     return in_process(run)
 
 
-def in_process(function: Callable[[], object], timeout_s: float = TIMEOUT_S) -> Any:
-    """What a function returns that runs in a process of its own. Raises AssertionError."""
+def in_process(
+    function: Callable[[], object], timeout_s: float = TIMEOUT_S, *, leads: bool = False
+) -> Any:
+    """What a function returns that runs in a process of its own. Raises AssertionError.
+
+    ``leads``: when it does not end in time, its own children are killed with it.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
+        if leads:
+            os.setpgid(0, 0)
         _child(function, reader, writer)
     os.close(writer)
     try:
@@ -130,7 +137,7 @@ def in_process(function: Callable[[], object], timeout_s: float = TIMEOUT_S) -> 
     finally:
         os.close(reader)
         if not _ended(pid):
-            os.kill(pid, signal.SIGKILL)
+            (os.killpg if leads else os.kill)(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     fine, found = pickle.loads(data) if data else (False, "the process died")
     assert fine, found
@@ -182,5 +189,5 @@ def run_case(function: Case, directory: Path) -> Answer:
         os.chdir(directory)
         return function()
 
-    found: Answer = in_process(run)
+    found: Answer = in_process(run, leads=True)
     return found

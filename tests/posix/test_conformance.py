@@ -8,7 +8,7 @@ import pytest
 
 from tests.posix import cases
 from tests.posix.case import CASES, run_case
-from tests.posix.exceptions import EXCEPTIONS, ONLY_ON
+from tests.posix.exceptions import EXCEPTIONS, keys_of
 from tests.posix.mounts import Pair
 
 assert cases.MODULES
@@ -21,15 +21,10 @@ def test_case(name: str, pair: Pair) -> None:
         shutil.rmtree(place / name)
     assert bare, "a case that tells nothing shows nothing"
     differing = {key for key in bare | live if bare.get(key) != live.get(key)}
-    excepted = {
-        key
-        for of, key in EXCEPTIONS
-        if of == name and ONLY_ON.get((of, key), pair.kind) == pair.kind
-    }
     words = [f"{key}: {bare.get(key)!r} beneath, {live.get(key)!r} live" for key in differing]
-    assert differing == excepted, "\n".join(words)
+    assert differing == keys_of(name, pair.kind), "\n".join(words)
 
 
-def test_exceptions_are_of_cases() -> None:
-    assert {name for name, _ in EXCEPTIONS} <= set(CASES)
-    assert set(ONLY_ON) <= set(EXCEPTIONS)
+def test_exceptions_are_of_cases_and_say_why() -> None:
+    assert {excepted.case for excepted in EXCEPTIONS} <= set(CASES)
+    assert all(excepted.why for excepted in EXCEPTIONS)

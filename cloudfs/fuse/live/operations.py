@@ -48,6 +48,7 @@ must still be read meanwhile. Before more would wait, it is given up as a point 
 
 READ_BYTES = 1 << 20
 CAPABILITY = b"security.capability"
+TRUSTED = b"trusted."
 _NO_ATTRIBUTE = FUSEError(errno.ENODATA)
 
 
@@ -83,6 +84,7 @@ class Names:
     inode: Inode
     names: list[bytes]
     frozen: FrozenTree | None
+    begun: bool = False  # being read: from the start again means as it is then
 
 
 Handle = OpenFile | FrozenFile | ViewedFile | SnapshotNames | Names
@@ -280,7 +282,7 @@ class LiveMount(pyfuse3.Operations):
         with self._inodes.using(item):
             if wanted.size is not None:
                 await self._keep(item, wanted.size, os.fstat(item.fd).st_size)
-            status = self._tree.set_attributes(item, fd, wanted, By(ctx.uid, ctx.gid))
+            status = self._tree.set_attributes(item, fd, wanted, _by(ctx))
         return fill(self._lasting, item.shown, status)
 
     @answering
@@ -319,7 +321,7 @@ class LiveMount(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Make a file, fifo, socket or device."""
         parent = self._live(parent_inode)
-        by = By(ctx.uid, ctx.gid)
+        by = _by(ctx)
         return self._known(*self._tree.mknod(parent, name, mode, rdev, by))
 
     @answering
@@ -328,7 +330,7 @@ class LiveMount(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Make a directory."""
         parent = self._live(parent_inode)
-        return self._known(*self._tree.mkdir(parent, name, mode, By(ctx.uid, ctx.gid)))
+        return self._known(*self._tree.mkdir(parent, name, mode, _by(ctx)))
 
     @answering
     async def symlink(
@@ -336,7 +338,7 @@ class LiveMount(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Make a symlink."""
         parent = self._live(parent_inode)
-        return self._known(*self._tree.symlink(parent, name, target, By(ctx.uid, ctx.gid)))
+        return self._known(*self._tree.symlink(parent, name, target, _by(ctx)))
 
     @answering
     async def create(
@@ -344,7 +346,7 @@ class LiveMount(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file and open it."""
         parent = self._live(parent_inode)
-        opened, status = self._tree.create(parent, name, mode, flags, By(ctx.uid, ctx.gid))
+        opened, status = self._tree.create(parent, name, mode, flags, _by(ctx))
         info = FileInfo(fh=self._handle(opened), keep_cache=True, direct_io=_is_stream(flags))
         return info, self._known(opened.inode, status)
 
@@ -396,10 +398,13 @@ class LiveMount(pyfuse3.Operations):
             item = frozen.get(inode)
             return self._handle(Names(item, frozen.names(item), frozen))
         item = self._inodes.get(inode)
-        names = [b".", b"..", *list_names(item)]
-        if inode == ROOT and self._backups is not None and SNAPSHOTS not in names:
+        return self._handle(Names(item, self._names_in(item), None))
+
+    def _names_in(self, directory: Inode) -> list[bytes]:
+        names = [b".", b"..", *list_names(directory)]
+        if directory.number == ROOT and self._backups is not None and SNAPSHOTS not in names:
             names.append(SNAPSHOTS)
-        return self._handle(Names(item, names, None))
+        return names
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
@@ -413,6 +418,9 @@ class LiveMount(pyfuse3.Operations):
             await self._list_snapshots(listing, start_id, token)
             return
         assert isinstance(listing, Names)
+        if start_id == 0 and listing.begun and listing.frozen is None:
+            listing.names = self._names_in(self._inodes.opened(listing.inode))
+        listing.begun = True
         for position in range(start_id, len(listing.names)):
             name = listing.names[position]
             if name in (b".", b".."):
@@ -513,7 +521,7 @@ class LiveMount(pyfuse3.Operations):
         with self._inodes.using(item):
             if flags & os.O_TRUNC:
                 await self._keep(item, 0, os.fstat(item.fd).st_size)
-            opened = self._tree.open(item, flags, By(ctx.uid, ctx.gid))
+            opened = self._tree.open(item, flags, _by(ctx))
         return FileInfo(fh=self._handle(opened), keep_cache=True, direct_io=_is_stream(flags))
 
     @answering
@@ -613,12 +621,14 @@ class LiveMount(pyfuse3.Operations):
         if inode >> NUMBER_BITS:
             frozen = self._frozen_of(inode)
             return list(frozen.xattrs(frozen.get(inode)))
-        return [os.fsencode(name) for name in os.listxattr(self._inodes.get(inode).proc)]
+        names = [os.fsencode(name) for name in os.listxattr(self._inodes.get(inode).proc)]
+        # The kernel refuses these to all but root when they are read, but not when they are listed.
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(TRUSTED)]
 
     @answering
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
-        self._tree.set_xattr(self._live(inode), name, value)
+        self._tree.set_xattr(self._live(inode), name, value, _by(ctx))
 
     @answering
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -631,6 +641,10 @@ class LiveMount(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """How full the file system beneath is."""
         return statvfs_of(os.fstatvfs(self._inodes.root.fd))
+
+
+def _by(ctx: RequestContext) -> By:
+    return By(ctx.uid, ctx.gid, ctx.pid)
 
 
 def _is_stream(flags: int) -> bool:

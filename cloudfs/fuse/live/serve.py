@@ -55,6 +55,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     marks = MarkedSet(directory / MARKS)
     listener, directory_fd = _listen(directory)
     os.umask(0)
+    os.setgroups([])  # whoever asks is in none of them: see By.keeps_setgid
     limit = calls.raise_file_limit()
     inodes = Inodes(source_fd, max(limit // 2, limit - 400_000, SPARE_FILES))
     tracker = Tracker(marks, job.block_size)

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat as st
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import pyfuse3
 
 from cloudfs.fuse.live import calls
 from cloudfs.fuse.live.freeze import AT_ONCE, CHUNK, Freeze
@@ -24,17 +27,30 @@ from cloudfs.fuse.live.tracking import Tracker
 _NOT_PASSED_ON = os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_DIRECT | os.O_TRUNC
 """What the kernel has seen to before it asks; appended data comes with the offset where it goes."""
 
+ACCESS_LIST = b"system.posix_acl_access"
+
 
 class By(NamedTuple):
     """Who asks."""
 
     uid: int
     gid: int
+    pid: int = 0
 
     @property
     def keeps_privileges(self) -> bool:
         """Whether what this one writes to stays setuid and setgid (CAP_FSETID)."""
         return self.uid == 0
+
+    def keeps_setgid(self, status: os.stat_result) -> bool:
+        """Whether what this one gives another owner or ACL stays setgid: only where it is in the
+        group. (Of that the kernel tells nothing.)"""
+        if self.uid == 0 or not status.st_mode & st.S_ISGID or self.gid == status.st_gid:
+            return True
+        try:
+            return status.st_gid in pyfuse3.get_sup_groups(self.pid)
+        except (OSError, RuntimeError):
+            return False  # it is gone already
 
 
 @dataclass(slots=True)
@@ -116,7 +132,7 @@ class LiveTree:
     def mkdir(self, parent: Inode, name: bytes, mode: int, by: By) -> tuple[Inode, os.stat_result]:
         """Make a directory."""
         self._name(parent, name, None)
-        self._caller.own_as(*by)
+        self._caller.own_as(by.uid, by.gid)
         os.mkdir(name, mode, dir_fd=parent.fd)
         return self._made(parent, name)
 
@@ -125,7 +141,7 @@ class LiveTree:
     ) -> tuple[Inode, os.stat_result]:
         """Make a file, fifo, socket or device."""
         self._name(parent, name, None)
-        self._caller.own_as(*by)
+        self._caller.own_as(by.uid, by.gid)
         os.mknod(name, mode, rdev, dir_fd=parent.fd)
         return self._made(parent, name)
 
@@ -134,7 +150,7 @@ class LiveTree:
     ) -> tuple[Inode, os.stat_result]:
         """Make a symlink."""
         self._name(parent, name, None)
-        self._caller.own_as(*by)
+        self._caller.own_as(by.uid, by.gid)
         os.symlink(target, name, dir_fd=parent.fd)
         return self._made(parent, name)
 
@@ -143,7 +159,7 @@ class LiveTree:
     ) -> tuple[OpenFile, os.stat_result]:
         """Make a file and open it. The kernel has found that there is none of that name."""
         self._name(parent, name, None)
-        self._caller.own_as(*by)
+        self._caller.own_as(by.uid, by.gid)
         made = (flags & ~_NOT_PASSED_ON) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(name, made, mode, dir_fd=parent.fd)
         try:
@@ -223,7 +239,7 @@ class LiveTree:
         others = (wanted.mode, wanted.uid, wanted.gid, wanted.atime_ns, wanted.mtime_ns)
         if any(value is not None for value in others):
             self._item(inode)
-            self._caller.keep_privileges(True)
+            self._act_as(by, inode)
             _set(inode, wanted)
         return os.fstat(inode.fd)
 
@@ -235,6 +251,13 @@ class LiveTree:
         if self.freeze is not None:
             self.freeze.keep_row(inode)
 
+    def _act_as(self, by: By, inode: Inode) -> None:
+        """What is set now goes with setgid where it would for this one."""
+        keeps = by.keeps_setgid(os.fstat(inode.fd))
+        if not keeps:
+            self._caller.own_as(by.uid, by.gid)
+        self._caller.keep_privileges(keeps)
+
     @staticmethod
     def _resize(inode: Inode, fd: int, size: int) -> None:
         if fd >= 0:
@@ -242,10 +265,12 @@ class LiveTree:
         else:
             os.truncate(inode.proc, size)
 
-    def set_xattr(self, inode: Inode, name: bytes, value: bytes) -> None:
+    def set_xattr(self, inode: Inode, name: bytes, value: bytes, by: By) -> None:
         """Set an extended attribute."""
         self._item(inode)
         inode.has_no_capability = False
+        if name == ACCESS_LIST:
+            self._act_as(by, inode)
         os.setxattr(inode.proc, name, value)
 
     def remove_xattr(self, inode: Inode, name: bytes) -> None:

@@ -43,9 +43,10 @@ def attributes_of_each_kind() -> Answer:
     os.mkfifo("fifo")
     for path in ("file", "directory", "link", "fifo"):
         for name in ("user.x", "trusted.x", "security.x", "other.x", "system.x", "user."):
-            found[f"{path} {name}"] = said(
-                os.setxattr, path, name, b"value", follow_symlinks=False
-            ), said(os.getxattr, path, name, follow_symlinks=False)
+            found[f"{path} {name}"] = (
+                said(os.setxattr, path, name, b"value", follow_symlinks=False),
+                said(os.getxattr, path, name, follow_symlinks=False),
+            )
         found[f"{path} list"] = sorted(os.listxattr(path, follow_symlinks=False))
         found[f"{path} remove"] = said(os.removexattr, path, "trusted.x", follow_symlinks=False)
         found[f"{path} missing"] = said(os.removexattr, path, "user.no", follow_symlinks=False)
@@ -167,8 +168,9 @@ def access_lists_that_are_mere_modes() -> Answer:
     found: Answer = {"set": setfacl("--set", "u::rwx,g::r,o::r", "f"), "mode": mode_of("f")}
     found["names"] = os.listxattr("f")
     found["invalid"] = said(os.setxattr, "f", "system.posix_acl_access", b"nonsense")
-    found["on a link"] = said(os.symlink, "f", "l"), said(
-        os.setxattr, "l", "system.posix_acl_access", b"\x02\0\0\0", follow_symlinks=False
+    found["on a link"] = (
+        said(os.symlink, "f", "l"),
+        said(os.setxattr, "l", "system.posix_acl_access", b"\x02\0\0\0", follow_symlinks=False),
     )
     return found
 

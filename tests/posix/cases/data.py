@@ -238,9 +238,10 @@ def direct_access() -> Answer:
     found: Answer = {}
     fd, plain = os.open("f", os.O_RDWR | os.O_DIRECT), os.open("f", os.O_RDWR)
     buffer = mmap.mmap(-1, 2 * PAGE)
-    found["read"] = said(os.preadv, fd, [buffer], PAGE), buffer[:] == _pattern(4 * PAGE)[
-        PAGE : 3 * PAGE
-    ]
+    found["read"] = (
+        said(os.preadv, fd, [buffer], PAGE),
+        buffer[:] == _pattern(4 * PAGE)[PAGE : 3 * PAGE],
+    )
     os.pwrite(plain, b"plain", PAGE)
     found["what was written plainly"] = said(os.preadv, fd, [buffer], PAGE), buffer[:5]
     buffer[:] = b"D" * len(buffer)
@@ -390,7 +391,9 @@ def mappings_by_access() -> Answer:
         "shared write by a writer": (writer, mmap.MAP_SHARED, mmap.PROT_WRITE),
     }
     return {
-        name: "ok" if isinstance(found := said(mmap.mmap, fd, PAGE, way, access), mmap.mmap) else found
+        name: "ok"
+        if isinstance(found := said(mmap.mmap, fd, PAGE, way, access), mmap.mmap)
+        else found
         for name, (fd, way, access) in ways.items()
     }
 
@@ -414,7 +417,9 @@ def space() -> Answer:
     return {
         "sizes": (here.f_bsize, here.f_frsize, here.f_blocks, here.f_files, here.f_namemax),
         "free": here.f_bfree // 5_000,
-        "limits": [os.pathconf(".", name) for name in ("PC_NAME_MAX", "PC_PATH_MAX", "PC_LINK_MAX")],
+        "limits": [
+            os.pathconf(".", name) for name in ("PC_NAME_MAX", "PC_PATH_MAX", "PC_LINK_MAX")
+        ],
     }
 
 

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.posix.case import CASES, OTHER, USER, Answer, as_user, facts, opens, said, write_file
+from tests.posix.case import CASES, OTHER, USER, Answer, facts, opens, said, write_file
 
 LONG = "n" * 256
 DEEP = "d/" * 2100 + "x"
@@ -129,27 +129,36 @@ def _left() -> list[tuple[str, object]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def _each_path(call: Callable[[str], object], top: Path) -> Answer:
-    found: Answer = {}
-    for number, (name, path) in enumerate(PATHS.items()):
-        os.chdir(top / str(number))
-        found[name] = said(call, path)
-    return found
+def _call_as(user: int, call: Callable[[str], object], path: str) -> object:
+    """What a call says to another user, who this process is only meanwhile."""
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, 0)
+    try:
+        return said(call, path)
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
 
 
 def _case(call: Callable[[str], object], user: int) -> Answer:
-    top = Path.cwd()
-    for number in range(len(PATHS)):
-        _set_up(str(number))
-    if user:
-        found = as_user(lambda: _each_path(call, top), user)
-    else:
-        found = _each_path(call, top)
-    for number, name in enumerate(PATHS):
-        if found[name] not in errno.errorcode.values():
-            os.chdir(top / str(number))
+    """Call for each path; where that changes something, all is made anew before the next."""
+    found: Answer = {}
+    os.setgroups([])
+    top, changed, number, untouched = Path.cwd(), True, 0, _left()
+    for name, path in PATHS.items():
+        if changed:
+            number += 1
+            _set_up(str(number))
+        os.chdir(top / str(number))
+        if changed:
+            untouched = _left()
+        found[name] = _call_as(user, call, path)
+        os.chdir(top / str(number))
+        changed = found[name] not in errno.errorcode.values() and _left() != untouched
+        if changed:
             found[f"{name}: left"] = _left()
-    return dict(found)
+        os.chdir(top)
+    return found
 
 
 for _name, _call in CALLS.items():

@@ -72,7 +72,8 @@ def fchmod_and_symlinks() -> Answer:
     found: Answer = {"fchmod": mode_of("file")}
     os.chmod("link", 0o711)
     found["through a link"] = (mode_of("file"), mode_of("link"))
-    found["of the link"] = said(os.chmod, "link", 0o700, follow_symlinks=False)
+    link = os.open("link", os.O_PATH | os.O_NOFOLLOW)
+    found["of the link"] = said(os.chmod, f"/proc/self/fd/{link}", 0o700), facts("link")
     return found
 
 
