@@ -13,21 +13,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import pyfuse3
 import trio
-from pyfuse3 import EntryAttributes
+from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, RequestContext
 
 from cloudfs.core.errors import UsageError
 from cloudfs.core.rows import ROOT_LIN, ItemType
 from cloudfs.fuse.inodes import LIN_BITS, ROOT_INO, lin_ino
 from cloudfs.fuse.job import MountJob
 from cloudfs.fuse.live.answers import attributes_lasting
-from cloudfs.fuse.live.inodes import MASK, Inode
+from cloudfs.fuse.live.inodes import MASK, Inode, Inodes
+from cloudfs.fuse.live.sides import Opened
 from cloudfs.fuse.opening import open_view
 from cloudfs.fuse.tree import LATEST, Branch
 from cloudfs.fuse.turns import Turns
+from cloudfs.fuse.view import View
 from cloudfs.repo.view import SnapshotView
 
 NAME = b".snapshot"
@@ -41,7 +47,10 @@ _BRIEFLY_S = 1.0
 class Backups:
     """The backups of the tree that is mounted live."""
 
-    def __init__(self, job: MountJob) -> None:
+    def __init__(self, job: MountJob, inodes: Inodes, top: bytes) -> None:
+        """``top`` is the path of the live tree, whose inodes these are."""
+        self._inodes = inodes
+        self._top = top
         self.view, self._store = open_view(job, first_slot=_FIRST_SLOT)
         self._tree = self.view.tree
         self._brief = attributes_lasting(_BRIEFLY_S)
@@ -55,25 +64,14 @@ class Backups:
         self._store.refuse_here()
         self.view.attach(nursery, turns)
 
-    @staticmethod
-    def number(directory: Inode) -> int:
-        """The number of ``.snapshot`` in a directory."""
-        return MADE_UP | directory.number
+    def enter(self, directory: Inode) -> EntryAttributes:
+        """``.snapshot`` in a directory."""
+        return self._attributes(MADE_UP | directory.number)
 
-    @staticmethod
-    def directory(number: int) -> int:
-        """The number of the directory that something made up is in."""
-        return number & MASK
-
-    @staticmethod
-    def is_latest(number: int) -> bool:
-        """Whether it is the symlink ``latest``."""
-        return bool(number & _LATEST_BIT)
-
-    def attributes(self, number: int, directory: Inode) -> EntryAttributes:
-        """What lstat says of something made up in a directory."""
+    def _attributes(self, number: int) -> EntryAttributes:
+        """What lstat says of something made up."""
         a = self._brief
-        latest = self.is_latest(number)
+        latest = bool(number & _LATEST_BIT)
         a.st_ino = number
         a.st_mode = st.S_IFLNK | 0o777 if latest else st.S_IFDIR | 0o555
         a.st_nlink = 1 if latest else 2
@@ -82,24 +80,63 @@ class Backups:
         a.st_atime_ns = a.st_mtime_ns = a.st_ctime_ns = self._branch.newest_ns
         return a
 
-    async def names(self, path: bytes) -> list[bytes]:
-        """The names in ``.snapshot`` of the directory at a path, with ``latest`` at the end."""
-        await self.view.look_for_news(ROOT_INO)
-        names = [name for name, _ in await self.view.ask(self._find_all, path)]
-        return [*names, LATEST] if names else []
+    def path(self, number: int) -> bytes:
+        """Where the directory is now that something made up is in, below the top."""
+        path = os.readlink(self._inodes.get(number & MASK).proc)
+        return b"" if path == self._top else path[len(self._top.rstrip(b"/")) + 1 :]
 
-    async def latest(self, path: bytes) -> bytes | None:
-        """Where ``latest`` points; None where no snapshot has the directory."""
-        names = await self.names(path)
-        return names[-2] if names else None
-
-    async def look_up(self, number: int, path: bytes, name: bytes) -> int | None:
-        """The inode that a name in ``.snapshot`` of the directory at a path leads to."""
+    async def names(self, path: bytes) -> list[tuple[bytes, int]]:
+        """The names in ``.snapshot`` of the directory at a path, oldest first, and the inodes that
+        they lead to."""
         await self.view.look_for_news(ROOT_INO)
-        found = dict(await self.view.ask(self._find_all, path))
+        return await self.view.ask(self._find_all, path)
+
+    # -- see Side ------------------------------------------------------------------------------
+
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if parent >= VIEWED:
+            return await self.view.lookup(parent, name, ctx)
+        found = dict(await self.names(self.path(parent)))
         if name == LATEST and found:
-            return number | _LATEST_BIT
-        return found.get(name)
+            return self._attributes(parent | _LATEST_BIT)
+        if name not in found:
+            raise FUSEError(errno.ENOENT)
+        return await self.view.getattr(found[name], ctx)
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if inode >= VIEWED:
+            return await self.view.getattr(inode, ctx)
+        return self._attributes(inode)
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        if inode >= VIEWED:
+            return await self.view.readlink(inode, ctx)
+        found = await self.names(self.path(inode))
+        if not found:
+            raise FUSEError(errno.ENOENT)
+        return found[-1][0]
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> Opened:
+        if inode >= VIEWED:
+            return ViewedItem(self.view, await self.view.opendir(inode, ctx), is_dir=True)
+        return SnapshotNames(self, inode, await self.names(self.path(inode)))
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> ViewedItem:
+        opened = await self.view.open(inode, flags, ctx)
+        return ViewedItem(self.view, opened.fh, is_dir=False)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if inode >= VIEWED:
+            return await self.view.getxattr(inode, name, ctx)
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return await self.view.listxattr(inode, ctx) if inode >= VIEWED else []
+
+    def forget(self, inode: int, count: int) -> None:
+        """Nothing is kept for what was looked up."""
+
+    # -- finding -------------------------------------------------------------------------------
 
     def _find_all(self, path: bytes) -> list[tuple[bytes, int]]:
         """Rule 2: names of snapshots, oldest first, and what they lead to. May block."""
@@ -124,6 +161,49 @@ class Backups:
         return None
 
 
+@dataclass(slots=True)
+class ViewedItem:
+    """What the view of the backups has open, under a handle of its own. See :class:`Opened`."""
+
+    view: View
+    fh: int
+    is_dir: bool
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        return await self.view.read(self.fh, offset, size)
+
+    async def list(self, start: int, token: ReaddirToken) -> None:
+        await self.view.readdir(self.fh, start, token)
+
+    async def close(self) -> None:
+        await (self.view.releasedir if self.is_dir else self.view.release)(self.fh)
+
+
+@dataclass(slots=True)
+class SnapshotNames:
+    """``.snapshot``, opened. See :class:`Opened`."""
+
+    backups: Backups
+    number: int
+    found: list[tuple[bytes, int]]
+
+    async def read(self, offset: int, size: int) -> bytes:
+        raise FUSEError(errno.EISDIR)
+
+    async def list(self, start: int, token: ReaddirToken) -> None:
+        latest = [(LATEST, self.number | _LATEST_BIT)] if self.found else []
+        entries = [*self.found, *latest]
+        ctx = RequestContext()
+        for position in range(start, len(entries)):
+            name, number = entries[position]
+            attributes = await self.backups.getattr(number, ctx)
+            if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
+                return
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
 def _directory_in(view: SnapshotView, lin: int, path: bytes) -> int | None:
     meta = view.meta(lin)
     if meta is not None and meta.type == ItemType.DIRECTORY:
@@ -140,9 +220,3 @@ def _at(view: SnapshotView, path: bytes) -> int | None:
     except UsageError:
         return None  # nothing is there
     return meta.lin if meta.type == ItemType.DIRECTORY else None
-
-
-def path_below(top: bytes, directory: Inode) -> bytes:
-    """Where a directory is now, below the top."""
-    path = os.readlink(directory.proc)
-    return b"" if path == top else path[len(top.rstrip(b"/")) + 1 :]

@@ -131,13 +131,13 @@ class Control:
             touched=Touched(),
         )
         frozen = FrozenTree(made, self._tree.inodes, terms.crosses)
-        self._tree.freeze, self._mount.frozen = made, frozen
+        self._tree.freeze, self._mount.frozen.tree = made, frozen
         return made, frozen, epoch
 
     def thaw(self, freeze: Freeze, frozen: FrozenTree) -> None:
         """Let go of a freeze."""
         if self._tree.freeze is freeze:
-            self._tree.freeze, self._mount.frozen = None, None
+            self._tree.freeze, self._mount.frozen.tree = None, None
             frozen.end()
             freeze.end()
             name = FROZEN_PREFIX + b"%d" % freeze.number

@@ -1,8 +1,7 @@
 """The handlers of the live mount: each only delegates.
 
-1. Numbers tell what an inode is: a live item (below 2^48), a frozen one (up to 2^61), ``.snapshot``
-   or ``latest`` in a directory (up to 2^62), or one of a backup, for which another view answers
-   (from there on; see :mod:`cloudfs.fuse.live.backups`).
+1. Numbers tell what an inode is: a live item (below 2^48), a frozen one (up to 2^61), or one of a
+   backup (from there on). For what is not live another side answers (:mod:`.sides`).
 2. Everything that changes the live tree is done here and now, on this thread. What may take long
    and changes nothing goes to other threads: flushing, and reads of what is not in memory. Between
    the last ``await`` of a handler and its change stands nothing, so a freeze is between changes.
@@ -11,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -22,14 +22,15 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
 from cloudfs.fuse.live.answers import answering, attributes_lasting, fill, statvfs_of
-from cloudfs.fuse.live.backups import MADE_UP, VIEWED, Backups, path_below
+from cloudfs.fuse.live.backups import MADE_UP, Backups
 from cloudfs.fuse.live.backups import NAME as SNAPSHOTS
 from cloudfs.fuse.live.freeze import Freeze, Full
-from cloudfs.fuse.live.frozen import NUMBER_BITS, FrozenTree, list_names
+from cloudfs.fuse.live.frozen import NUMBER_BITS, list_names
+from cloudfs.fuse.live.frozen_side import FrozenSide
 from cloudfs.fuse.live.inodes import ROOT, Inode
+from cloudfs.fuse.live.sides import Opened, Side
 from cloudfs.fuse.live.tree import By, LiveTree, OpenFile, Wanted
 from cloudfs.fuse.turns import Turns
-from cloudfs.fuse.view import View
 from cloudfs.source.live.protocol import FROZEN_PREFIX
 
 T = TypeVar("T")
@@ -40,7 +41,6 @@ LIVE_S = 10.0
 changes itself; this is for what others change beneath."""
 
 ABSENT_S = 1.0
-FOREVER_S = 86400.0
 TASKS = 128
 MAX_WAITING = TASKS // 2
 """Questions at the same time, and how many of them may wait for a freeze to end: what is frozen
@@ -53,41 +53,12 @@ _NO_ATTRIBUTE = FUSEError(errno.ENODATA)
 
 
 @dataclass(slots=True)
-class FrozenFile:
-    """An open file of what is frozen."""
-
-    inode: Inode
-    fd: int
-
-
-@dataclass(slots=True)
-class ViewedFile:
-    """An open file or directory of a backup, by the handle that the view of the backups gave."""
-
-    fh: int
-    is_dir: bool
-
-
-@dataclass(slots=True)
-class SnapshotNames:
-    """``.snapshot``, opened."""
-
-    directory: Inode
-    path: bytes
-    names: list[bytes]
-
-
-@dataclass(slots=True)
 class Names:
-    """An open directory: the names as they were when it was opened, and whose they are."""
+    """An open directory of the live tree: the names as they were when it was opened."""
 
     inode: Inode
     names: list[bytes]
-    frozen: FrozenTree | None
     begun: bool = False  # being read: from the start again means as it is then
-
-
-Handle = OpenFile | FrozenFile | ViewedFile | SnapshotNames | Names
 
 
 class LiveMount(pyfuse3.Operations):
@@ -97,20 +68,18 @@ class LiveMount(pyfuse3.Operations):
     enable_acl = True
     enable_writeback_cache = False
 
-    def __init__(self, tree: LiveTree, top: bytes, backups: Backups | None = None) -> None:
-        """``top`` is the path of the tree; ``backups`` what ``.snapshot`` shows."""
+    def __init__(self, tree: LiveTree, backups: Backups | None = None) -> None:
+        """``backups`` is what ``.snapshot`` shows; None: there is none."""
         super().__init__()
         self._tree = tree
-        self._top = top
-        self._backups = backups
         self._inodes = tree.inodes
-        self.frozen: FrozenTree | None = None
+        self.frozen = FrozenSide(tree.inodes)
+        self._backups = backups
         self.turns = Turns()
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, OpenFile | Names | Opened] = {}
         self._next_handle = 1
         self._waiting = 0  # for a freeze to end
         self._lasting = attributes_lasting(LIVE_S)
-        self._frozen_lasting = attributes_lasting(FOREVER_S)
         self._absent = attributes_lasting(ABSENT_S)
         self._absent.st_ino = 0
         self._buffer = memoryview(bytearray(READ_BYTES))
@@ -131,17 +100,18 @@ class LiveMount(pyfuse3.Operations):
         with self.turns.away():
             return await trio.to_thread.run_sync(question, *args)
 
-    def _handle(self, of: Handle) -> int:
+    def _handle(self, of: OpenFile | Names | Opened) -> int:
         self._next_handle += 1
         self._handles[self._next_handle] = of
         return self._next_handle
 
-    def _frozen_of(self, number: int) -> FrozenTree:
-        """The frozen tree that a number belongs to. Raises KeyError where it is gone."""
-        frozen = self.frozen
-        if frozen is None or number >> NUMBER_BITS != frozen.base >> NUMBER_BITS:
+    def _side(self, number: int) -> Side:
+        """Who answers for a number that is not of the live tree. Raises KeyError for nobody."""
+        if number < MADE_UP:
+            return self.frozen
+        if self._backups is None:
             raise KeyError(number)
-        return frozen
+        return self._backups
 
     def _live(self, number: int) -> Inode:
         """A live item, of which something is to be changed."""
@@ -149,33 +119,11 @@ class LiveMount(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         return self._inodes.get(number)
 
-    def _viewed(self, number: int) -> View | None:
-        """The view of the backups, where it is to answer for a number."""
-        if number < VIEWED:
-            return None
-        if self._backups is None:
-            raise KeyError(number)
-        return self._backups.view
-
-    def _made_up(self, number: int) -> tuple[Backups, Inode] | None:
-        """The backups, and the directory that holds what is made up under a number."""
-        if not MADE_UP <= number < VIEWED:
-            return None
-        if self._backups is None:
-            raise KeyError(number)
-        return self._backups, self._inodes.get(self._backups.directory(number))
-
     def _known(self, inode: Inode, status: os.stat_result) -> EntryAttributes:
         """Rule 3."""
         inode.lookups += 1
         self._inodes.trim()
         return fill(self._lasting, inode.number, status)
-
-    def _known_frozen(self, frozen: FrozenTree, inode: Inode) -> EntryAttributes:
-        frozen.count(inode)
-        status = frozen.freeze.status(inode)
-        self._inodes.trim()
-        return fill(self._frozen_lasting, frozen.number(inode), status)
 
     async def _keep(self, inode: Inode, start: int, end: int) -> None:
         """Keep what a freeze needs of some bytes; when this returns they may change at once."""
@@ -209,59 +157,22 @@ class LiveMount(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """One name in a directory."""
         if parent_inode >> NUMBER_BITS:
-            return await self._look_up_elsewhere(parent_inode, name, ctx)
+            return await self._side(parent_inode).lookup(parent_inode, name, ctx)
         parent = self._inodes.get(parent_inode)
         try:
             return self._known(*self._inodes.look_up(parent, name))
         except FileNotFoundError:
             if name == SNAPSHOTS and self._backups is not None:
-                return self._backups.attributes(self._backups.number(parent), parent)
+                return self._backups.enter(parent)
             if parent_inode == ROOT and name.startswith(FROZEN_PREFIX):
-                return self._enter_frozen(name, ctx)
+                return self.frozen.enter(name, ctx)
             return self._absent
-
-    async def _look_up_elsewhere(
-        self, parent: int, name: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
-        if (view := self._viewed(parent)) is not None:
-            return await view.lookup(parent, name, ctx)
-        if (found := self._made_up(parent)) is None:
-            return self._look_up_frozen(parent, name)
-        backups, directory = found
-        path = path_below(self._top, directory)
-        number = await backups.look_up(parent, path, name)
-        if number is None:
-            raise FUSEError(errno.ENOENT)
-        if number < VIEWED:
-            return backups.attributes(number, directory)
-        return await backups.view.getattr(number, ctx)
-
-    def _enter_frozen(self, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """The top of what is frozen, for whom the mount belongs to."""
-        frozen = self.frozen
-        wanted = name.removeprefix(FROZEN_PREFIX)
-        if frozen is None or wanted != b"%d" % frozen.freeze.number or ctx.uid != os.geteuid():
-            raise FUSEError(errno.ENOENT)
-        return self._known_frozen(frozen, self._inodes.root)
-
-    def _look_up_frozen(self, parent: int, name: bytes) -> EntryAttributes:
-        frozen = self._frozen_of(parent)
-        inode = frozen.look_up(frozen.get(parent), name)
-        if inode is None:
-            raise FUSEError(errno.ENOENT)
-        return self._known_frozen(frozen, inode)
 
     @answering
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """The attributes of an item."""
-        if (view := self._viewed(inode)) is not None:
-            return await view.getattr(inode, ctx)
-        if (found := self._made_up(inode)) is not None:
-            return found[0].attributes(inode, found[1])
         if inode >> NUMBER_BITS:
-            frozen = self._frozen_of(inode)
-            item = frozen.get(inode)
-            return fill(self._frozen_lasting, inode, frozen.freeze.status(item))
+            return await self._side(inode).getattr(inode, ctx)
         item = self._inodes.get(inode)
         return fill(self._lasting, item.shown, os.fstat(item.fd))
 
@@ -287,31 +198,19 @@ class LiveMount(pyfuse3.Operations):
 
     @answering
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        """Where a symlink points. That never changes, but for ``latest``."""
-        if (view := self._viewed(inode)) is not None:
-            return await view.readlink(inode, ctx)
-        if (found := self._made_up(inode)) is not None:
-            target = await found[0].latest(path_below(self._top, found[1]))
-            if target is None:
-                raise FUSEError(errno.ENOENT)
-            return target
+        """Where a symlink points."""
         if inode >> NUMBER_BITS:
-            item = self._frozen_of(inode).get(inode)
-        else:
-            item = self._inodes.get(inode)
-        return os.readlink(b"", dir_fd=item.fd)
+            return await self._side(inode).readlink(inode, ctx)
+        return os.readlink(b"", dir_fd=self._inodes.get(inode).fd)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel no longer knows some items."""
         for number, count in inode_list:
             if not number >> NUMBER_BITS:
                 self._inodes.forget(number, count)
-            elif (
-                number < MADE_UP
-                and self.frozen is not None
-                and number >> NUMBER_BITS == (self.frozen.base >> NUMBER_BITS)
-            ):
-                self.frozen.forget(number, count)
+            else:
+                with contextlib.suppress(KeyError):
+                    self._side(number).forget(number, count)
 
     # -- making, linking, renaming, removing ---------------------------------------------------
 
@@ -387,18 +286,10 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Take the names down."""
-        if (view := self._viewed(inode)) is not None:
-            return self._handle(ViewedFile(await view.opendir(inode, ctx), is_dir=True))
-        if (made_up := self._made_up(inode)) is not None:
-            backups, directory = made_up
-            path = path_below(self._top, directory)
-            return self._handle(SnapshotNames(directory, path, await backups.names(path)))
         if inode >> NUMBER_BITS:
-            frozen = self._frozen_of(inode)
-            item = frozen.get(inode)
-            return self._handle(Names(item, frozen.names(item), frozen))
+            return self._handle(await self._side(inode).opendir(inode, ctx))
         item = self._inodes.get(inode)
-        return self._handle(Names(item, self._names_in(item), None))
+        return self._handle(Names(item, self._names_in(item)))
 
     def _names_in(self, directory: Inode) -> list[bytes]:
         names = [b".", b"..", *list_names(directory)]
@@ -410,15 +301,11 @@ class LiveMount(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         """Names with their attributes from a position on, as many as the kernel has room for."""
         listing = self._handles[fh]
-        if isinstance(listing, ViewedFile):
-            assert self._backups is not None
-            await self._backups.view.readdir(listing.fh, start_id, token)
+        if not isinstance(listing, Names):
+            assert not isinstance(listing, OpenFile)
+            await listing.list(start_id, token)
             return
-        if isinstance(listing, SnapshotNames):
-            await self._list_snapshots(listing, start_id, token)
-            return
-        assert isinstance(listing, Names)
-        if start_id == 0 and listing.begun and listing.frozen is None:
+        if start_id == 0 and listing.begun:
             listing.names = self._names_in(self._inodes.opened(listing.inode))
         listing.begun = True
         for position in range(start_id, len(listing.names)):
@@ -426,28 +313,16 @@ class LiveMount(pyfuse3.Operations):
             if name in (b".", b".."):
                 if not self._list_dots(listing.inode, name, token, position + 1):
                     return
-            elif not self._list_one(listing, name, token, position + 1):
+            elif not self._list_one(listing.inode, name, token, position + 1):
                 return
             self._inodes.trim()
 
-    def _list_one(self, listing: Names, name: bytes, token: ReaddirToken, cookie: int) -> bool:
-        frozen = listing.frozen
-        if frozen is not None:
-            inode = frozen.look_up(listing.inode, name)
-            if inode is None:
-                return True
-            status = frozen.freeze.status(inode)
-            attributes = fill(self._frozen_lasting, frozen.number(inode), status)
-            if not pyfuse3.readdir_reply(token, name, attributes, cookie):
-                return False
-            frozen.count(inode)
-            return True
+    def _list_one(self, directory: Inode, name: bytes, token: ReaddirToken, cookie: int) -> bool:
         try:
-            inode, status = self._inodes.look_up(listing.inode, name)
+            inode, status = self._inodes.look_up(directory, name)
         except FileNotFoundError:
             if name == SNAPSHOTS and self._backups is not None:
-                number = self._backups.number(listing.inode)
-                attributes = self._backups.attributes(number, listing.inode)
+                attributes = self._backups.enter(directory)
                 return pyfuse3.readdir_reply(token, name, attributes, cookie)
             return True  # removed since the directory was opened
         attributes = fill(self._lasting, inode.number, status)
@@ -456,25 +331,6 @@ class LiveMount(pyfuse3.Operations):
             return False
         inode.lookups += 1
         return True
-
-    async def _list_snapshots(
-        self, listing: SnapshotNames, start: int, token: ReaddirToken
-    ) -> None:
-        backups = self._backups
-        assert backups is not None
-        parent = backups.number(listing.directory)
-        ctx = RequestContext()
-        for position in range(start, len(listing.names)):
-            name = listing.names[position]
-            number = await backups.look_up(parent, listing.path, name)
-            if number is None:
-                continue
-            if number < VIEWED:
-                attributes = backups.attributes(number, listing.directory)
-            else:
-                attributes = await backups.view.getattr(number, ctx)
-            if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
-                return
 
     def _list_dots(self, inode: Inode, name: bytes, token: ReaddirToken, cookie: int) -> bool:
         """The directory itself and the one above: the kernel is not told of them."""
@@ -487,15 +343,13 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def releasedir(self, fh: int) -> None:
         """Let the names go."""
-        listing = self._handles.pop(fh, None)
-        if isinstance(listing, ViewedFile) and self._backups is not None:
-            await self._backups.view.releasedir(listing.fh)
+        await self._close(fh)
 
     @answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Flush a directory."""
         listing = self._handles[fh]
-        if not isinstance(listing, Names) or listing.frozen is not None:
+        if not isinstance(listing, Names):
             return  # nothing in there is ever dirty
         with self._inodes.using(self._inodes.opened(listing.inode)):
             await self._in_thread(_flush_directory, listing.inode.proc)
@@ -505,18 +359,11 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file."""
-        if (view := self._viewed(inode)) is not None:
-            if flags & os.O_ACCMODE != os.O_RDONLY:
-                raise FUSEError(errno.EROFS)
-            given = await view.open(inode, flags, ctx)
-            viewed = ViewedFile(given.fh, is_dir=False)
-            return FileInfo(fh=self._handle(viewed), keep_cache=True)
         if inode >> NUMBER_BITS:
-            item = self._frozen_of(inode).get(inode)
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise FUSEError(errno.EROFS)
-            fd = os.open(item.proc, os.O_RDONLY | os.O_CLOEXEC)
-            return FileInfo(fh=self._handle(FrozenFile(item, fd)), keep_cache=True)
+            other = await self._side(inode).open(inode, flags, ctx)
+            return FileInfo(fh=self._handle(other), keep_cache=True)
         item = self._inodes.get(inode)
         with self._inodes.using(item):
             if flags & os.O_TRUNC:
@@ -528,13 +375,9 @@ class LiveMount(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]  # pyfuse3 takes any buffer
         """Bytes of a file."""
         opened = self._handles[fh]
-        if isinstance(opened, ViewedFile) and self._backups is not None:
-            return await self._backups.view.read(opened.fh, off, size)
-        if isinstance(opened, FrozenFile):
-            if self.frozen is None:
-                raise FUSEError(errno.ESTALE)
-            return self.frozen.freeze.read(opened.inode, opened.fd, off, size)
-        assert isinstance(opened, OpenFile)
+        if not isinstance(opened, OpenFile):
+            assert not isinstance(opened, Names)
+            return await opened.read(off, size)
         if opened.nowait:
             try:
                 # The answer is sent before anything else runs, so one buffer serves all.
@@ -574,13 +417,14 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def release(self, fh: int) -> None:
         """Close a file."""
+        await self._close(fh)
+
+    async def _close(self, fh: int) -> None:
         opened = self._handles.pop(fh, None)
         if isinstance(opened, OpenFile):
             self._tree.close(opened)
-        elif isinstance(opened, FrozenFile):
-            os.close(opened.fd)
-        elif isinstance(opened, ViewedFile) and self._backups is not None:
-            await self._backups.view.release(opened.fh)
+        elif opened is not None and not isinstance(opened, Names):
+            await opened.close()
 
     async def flush(self, fh: int) -> None:
         """Answering this once keeps the kernel from asking at every close."""
@@ -591,16 +435,8 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """One extended attribute."""
-        if (view := self._viewed(inode)) is not None:
-            return await view.getxattr(inode, name, ctx)
-        if self._made_up(inode) is not None:
-            raise _NO_ATTRIBUTE
         if inode >> NUMBER_BITS:
-            frozen = self._frozen_of(inode)
-            found = frozen.xattr(frozen.get(inode), name)
-            if found is None:
-                raise FUSEError(pyfuse3.ENOATTR)
-            return found
+            return await self._side(inode).getxattr(inode, name, ctx)
         item = self._inodes.get(inode)
         if name == CAPABILITY and item.has_no_capability:
             raise _NO_ATTRIBUTE
@@ -614,13 +450,8 @@ class LiveMount(pyfuse3.Operations):
     @answering
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """The names of the extended attributes."""
-        if (view := self._viewed(inode)) is not None:
-            return await view.listxattr(inode, ctx)
-        if self._made_up(inode) is not None:
-            return []
         if inode >> NUMBER_BITS:
-            frozen = self._frozen_of(inode)
-            return list(frozen.xattrs(frozen.get(inode)))
+            return await self._side(inode).listxattr(inode, ctx)
         names = [os.fsencode(name) for name in os.listxattr(self._inodes.get(inode).proc)]
         # The kernel refuses these to all but root when they are read, but not when they are listed.
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(TRUSTED)]

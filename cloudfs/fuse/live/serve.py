@@ -60,8 +60,10 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     inodes = Inodes(source_fd, max(limit // 2, limit - 400_000, SPARE_FILES))
     tracker = Tracker(marks, job.block_size)
     tree = LiveTree(inodes, tracker if job.tracking else None)
-    backups = Backups(job.backups) if job.backups is not None else None
-    mount = LiveMount(tree, os.fsencode(job.source), backups)
+    backups = None
+    if job.backups is not None:
+        backups = Backups(job.backups, inodes, os.fsencode(job.source))
+    mount = LiveMount(tree, backups)
     control = Control(
         mount,
         tree,
