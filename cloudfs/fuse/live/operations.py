@@ -49,7 +49,6 @@ must still be read meanwhile. Before more would wait, it is given up as a point 
 READ_BYTES = 1 << 20
 CAPABILITY = b"security.capability"
 TRUSTED = b"trusted."
-_NO_ATTRIBUTE = FUSEError(errno.ENODATA)
 
 
 @dataclass(slots=True)
@@ -439,7 +438,7 @@ class LiveMount(pyfuse3.Operations):
             return await self._side(inode).getxattr(inode, name, ctx)
         item = self._inodes.get(inode)
         if name == CAPABILITY and item.has_no_capability:
-            raise _NO_ATTRIBUTE
+            raise FUSEError(pyfuse3.ENOATTR)  # a new one: a raised error remembers where, for ever
         try:
             return os.getxattr(item.proc, name)
         except OSError as error:
