@@ -58,11 +58,12 @@ class OnLive(RuleBasedStateMachine):
 
     volume: Path
     meanwhile: Meanwhile
+    workers = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.base = Path(tempfile.mkdtemp(prefix="cloudfs-live-", dir=self.volume))
-        self.rig = Living(self.base, max_pack_bytes=5000)
+        self.rig = Living(self.base, max_pack_bytes=5000, workers=self.workers)
         self.plain = self.base / "plain"
         self.plain.mkdir()
         self.live_hands = Hands(os.fsencode(self.rig.tree))
@@ -251,7 +252,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("machine")
 def test_snapshots_are_what_the_tree_was() -> None:
-    hunt(10, 40, OnLive)
+    hunt(4, 40, OnLive)
 
 
 @pytest.mark.long
@@ -262,9 +263,10 @@ def test_snapshots_are_what_the_tree_was_for_long(share: int) -> None:
     hunt(50, 100, OnLive)
 
 
+@pytest.mark.parametrize("machine", ["tmpfs"], indirect=True)
 @pytest.mark.usefixtures("machine")
 def test_snapshots_are_what_the_tree_was_with_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same read by worker processes."""
     monkeypatch.setattr(dispatch, "INLINE_WORK", 0)
-    monkeypatch.setattr(OnLive, "workers", 2, raising=False)
-    hunt(1, 15, OnLive)
+    monkeypatch.setattr(OnLive, "workers", 2)
+    hunt(2, 20, OnLive)

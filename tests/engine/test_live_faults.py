@@ -451,6 +451,30 @@ def test_a_tree_is_unmounted_while_a_sync_reads(rig: Living, meanwhile: Meanwhil
     sync_by_scan(rig, "could be changed while it was not mounted live")
 
 
+def test_nobody_goes_past_a_mount_that_takes_the_place_of_a_dead_one(rig: Living) -> None:
+    """Writers that never stop meet errors while there is none, and nothing else."""
+    fill(rig)
+    rig.sync()
+    for turn in range(4):
+        stop = threading.Event()
+
+        def write(writer: int, turn: int = turn, stop: threading.Event = stop) -> None:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                try:
+                    (rig.tree / f"w{turn}-{writer}-{number}").write_bytes(b"%d" % number)
+                except OSError:
+                    time.sleep(0.0005)
+
+        writers = at_once(write, 2)
+        rig.remount()
+        time.sleep(0.02)
+        stop.set()
+        assert ended(writers)
+        sync_by_marks(rig)
+
+
 # -- two of them -----------------------------------------------------------------------------------
 
 

@@ -41,6 +41,10 @@ _CAP_FSETID = 1 << 4
 _CLONE_NEWNS = 0x0002_0000
 _CLONE_FS = 0x0200
 _MNT_DETACH = 2
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT = 428, 429  # the same on all machines
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_BENEATH = 0x4, 0x200
 _MS_REC, _MS_SLAVE = 0x4000, 0x80000
 
 
@@ -135,6 +139,39 @@ def leave_mount(path: str, others: Iterable[str] = ()) -> None:
         raise _error()
     for other in others:
         _libc.umount2(os.fsencode(other), _MNT_DETACH)  # one that is gone need not be left
+
+
+def replace_mount(place: str, mountpoint: str) -> bool:
+    """Move what is mounted at ``place`` to where a mount stands whose process died, and take that
+    one away. Raises OSError.
+
+    It is put beneath the dead one first, so nobody sees what they cover. Returns whether that could
+    be; before Linux 6.5 it could not, and for a moment nothing was mounted.
+    """
+    path, target = os.fsencode(place), os.fsencode(mountpoint)
+    tree = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    if tree < 0:
+        raise _error()
+    try:
+        beneath = _move_mount(tree, target, _MOVE_MOUNT_BENEATH)
+        if _libc.umount2(target, _MNT_DETACH):
+            raise _error()
+        if not beneath and not _move_mount(tree, target, 0):
+            raise _error()
+    finally:
+        os.close(tree)
+        _libc.umount2(path, _MNT_DETACH)
+    return beneath
+
+
+def _move_mount(tree: int, target: bytes, flags: int) -> bool:
+    flags |= _MOVE_MOUNT_F_EMPTY_PATH
+    return not _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target, flags)
+
+
+def detach(path: str) -> None:
+    """Unmount what is mounted last at a path; it ends with its last user."""
+    _libc.umount2(os.fsencode(path), _MNT_DETACH)
 
 
 def raise_file_limit() -> int:

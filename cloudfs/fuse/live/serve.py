@@ -4,8 +4,8 @@
 2. Once it is mounted, the process leaves the mount behind (:func:`calls.leave_mount`) and opens the
    source anew, where nothing is mounted over it. So nothing that it opens by a path, its state or
    its log, leads to a question that it would have to answer, and neither does "..".
-3. A mount of the same tree whose process died is taken away and this one put in its place at once.
-   Only then are the marks of that one believed.
+3. A mount of the same tree whose process died stands until this one has taken its place, so that
+   nobody can go past the two. Only then are the marks of that one believed.
 4. When it ends, by being unmounted or by a signal, the tree beneath is as it was written: nothing
    is held back.
 """
@@ -49,9 +49,14 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     directory = job.directory
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = _lock(directory, job)
-    covered = _replace_dead(job.mountpoint)
+    covered = _dead(job.mountpoint)
+    host = calls.MountNamespace()
+    if covered:
+        calls.leave_mount(job.mountpoint)  # to open what lies beneath it
     source_fd = _open_source(job.source)
     source_lock = _lock_source(job)
+    if covered:
+        host.enter()
     marks = MarkedSet(directory / MARKS)
     listener, directory_fd = _listen(directory)
     os.umask(0)
@@ -72,11 +77,13 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         mountpoint=os.fsencode(job.mountpoint),
         source=os.fsencode(job.source),
     )
-    host = calls.MountNamespace()
-    init(mount, job.mountpoint, _options(job))
-    device = places.device_of(job.mountpoint) or ""
+    place = _beside(directory) if covered else job.mountpoint
+    init(mount, place, _options(job))
+    device = places.device_of(place) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
+        if covered and not calls.replace_mount(place, job.mountpoint):
+            covered = ""
         calls.leave_mount(job.mountpoint, _elsewhere(job))
         inodes.enter(_open_source(job.source))
         tracker.begin(boot_id(), _identity(inodes.root.fd), device, covered)
@@ -85,8 +92,9 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         trio.run(_run, mount, control, listener, device, ready)
     finally:
         host.enter()
-        still = places.device_of(job.mountpoint) == device
-        pyfuse3.close(unmount=still)
+        if places.device_of(job.mountpoint) == device:
+            calls.detach(job.mountpoint)
+        pyfuse3.close(unmount=False)
         (directory / SOCKET).unlink(missing_ok=True)
         marks.close()
         os.close(source_lock)
@@ -177,8 +185,9 @@ def _lock_source(job: LiveJob) -> int:
     return fd
 
 
-def _replace_dead(mountpoint: str) -> str:
-    """Take a live mount away whose process is gone; its device, or "" where there is none."""
+def _dead(mountpoint: str) -> str:
+    """The device of a live mount that stands there and whose process is gone; "" for none. Raises
+    UsageError where something else is mounted."""
     found = [mounted for mounted in places.mounts() if mounted.mountpoint == mountpoint]
     if not found:
         return ""
@@ -186,8 +195,14 @@ def _replace_dead(mountpoint: str) -> str:
         raise UsageError(
             f"{mountpoint}: something is mounted there already; `cloudfs umount` takes it away."
         )
-    places.unmount(mountpoint, lazy=True)
     return found[-1].device
+
+
+def _beside(directory: Path) -> str:
+    """Where to mount first what is to take the place of a dead mount."""
+    place = directory / "new"
+    place.mkdir(exist_ok=True, mode=0o700)
+    return str(place)
 
 
 def _elsewhere(job: LiveJob) -> list[str]:
