@@ -79,12 +79,11 @@ class SnapshotNames:
 
 @dataclass(slots=True)
 class Names:
-    """An open directory: the names as they were when it was opened, and whose they are."""
+    """An open directory: the names as they were when its start was read, and whose they are."""
 
     inode: Inode
-    names: list[bytes]
+    names: list[bytes] | None  # None: it has not been read
     frozen: FrozenTree | None
-    begun: bool = False  # being read: from the start again means as it is then
 
 
 Handle = OpenFile | FrozenFile | ViewedFile | SnapshotNames | Names
@@ -386,7 +385,7 @@ class LiveMount(pyfuse3.Operations):
 
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """Take the names down."""
+        """Get ready to list names."""
         if (view := self._viewed(inode)) is not None:
             return self._handle(ViewedFile(await view.opendir(inode, ctx), is_dir=True))
         if (made_up := self._made_up(inode)) is not None:
@@ -398,7 +397,7 @@ class LiveMount(pyfuse3.Operations):
             item = frozen.get(inode)
             return self._handle(Names(item, frozen.names(item), frozen))
         item = self._inodes.get(inode)
-        return self._handle(Names(item, self._names_in(item), None))
+        return self._handle(Names(item, None, None))
 
     def _names_in(self, directory: Inode) -> list[bytes]:
         names = [b".", b"..", *list_names(directory)]
@@ -418,11 +417,11 @@ class LiveMount(pyfuse3.Operations):
             await self._list_snapshots(listing, start_id, token)
             return
         assert isinstance(listing, Names)
-        if start_id == 0 and listing.begun and listing.frozen is None:
-            listing.names = self._names_in(self._inodes.opened(listing.inode))
-        listing.begun = True
-        for position in range(start_id, len(listing.names)):
-            name = listing.names[position]
+        names = listing.names
+        if names is None or (start_id == 0 and listing.frozen is None):
+            names = listing.names = self._names_in(self._inodes.opened(listing.inode))
+        for position in range(start_id, len(names)):
+            name = names[position]
             if name in (b".", b".."):
                 if not self._list_dots(listing.inode, name, token, position + 1):
                     return
