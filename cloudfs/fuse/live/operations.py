@@ -53,11 +53,10 @@ TRUSTED = b"trusted."
 
 @dataclass(slots=True)
 class Names:
-    """An open directory of the live tree: the names as they were when it was opened."""
+    """An open directory of the live tree: the names as they were when its start was read."""
 
     inode: Inode
-    names: list[bytes]
-    begun: bool = False  # being read: from the start again means as it is then
+    names: list[bytes] | None = None  # None: it has not been read
 
 
 class LiveMount(pyfuse3.Operations):
@@ -284,11 +283,11 @@ class LiveMount(pyfuse3.Operations):
 
     @answering
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """Take the names down."""
+        """Get ready to list names."""
         if inode >> NUMBER_BITS:
             return self._handle(await self._side(inode).opendir(inode, ctx))
         item = self._inodes.get(inode)
-        return self._handle(Names(item, self._names_in(item)))
+        return self._handle(Names(item))
 
     def _names_in(self, directory: Inode) -> list[bytes]:
         names = [b".", b"..", *list_names(directory)]
@@ -304,11 +303,11 @@ class LiveMount(pyfuse3.Operations):
             assert not isinstance(listing, OpenFile)
             await listing.list(start_id, token)
             return
-        if start_id == 0 and listing.begun:
-            listing.names = self._names_in(self._inodes.opened(listing.inode))
-        listing.begun = True
-        for position in range(start_id, len(listing.names)):
-            name = listing.names[position]
+        names = listing.names
+        if names is None or start_id == 0:
+            names = listing.names = self._names_in(self._inodes.opened(listing.inode))
+        for position in range(start_id, len(names)):
+            name = names[position]
             if name in (b".", b".."):
                 if not self._list_dots(listing.inode, name, token, position + 1):
                     return

@@ -351,9 +351,9 @@ def listing_of_each_kind() -> Answer:
 def listing_again() -> Answer:
     """From the start, a directory is listed as it is then."""
     os.mkdir("d")
-    write_file("d/one")
     fd = os.open("d", os.O_RDONLY)
-    found: Answer = {"first": sorted(os.listdir(fd))}
+    write_file("d/one")
+    found: Answer = {"made since it was opened": sorted(os.listdir(fd))}
     write_file("d/two")
     os.unlink("d/one")
     found["again"] = sorted(os.listdir(fd))
