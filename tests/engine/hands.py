@@ -190,23 +190,26 @@ def _of(name: str, **arguments: hs.SearchStrategy[object]) -> hs.SearchStrategy[
     return hs.tuples(hs.just(name), hs.fixed_dictionaries(arguments))
 
 
+OFFSETS = hs.sampled_from([0, 1, 4095, 4096, 9000, 16_384, 20_000, 33_000, 40_000, 150_000])
+"""In the blocks of a backup and in the larger ones that a freeze keeps, at each border."""
+
 MODES = hs.sampled_from([0o600, 0o755, 0o4711, 0o1777])
 KINDS = hs.sampled_from(["dir", "link", "fifo", "device"])
 
 OPERATIONS: hs.SearchStrategy[Operation] = hs.one_of(
     _of("write", parts=PLACES, size=SIZES, seed=SEEDS),
-    _of("overwrite", parts=PLACES, size=SIZES, seed=SEEDS, offset=SIZES),
+    _of("overwrite", parts=PLACES, size=SIZES, seed=SEEDS, offset=OFFSETS),
     _of("append", parts=PLACES, size=SIZES, seed=SEEDS),
     _of("append_by_two", parts=PLACES, seed=SEEDS),
     _of("truncate", parts=PLACES, size=SIZES),
     _of("cut_on_opening", parts=PLACES),
     _of("change_keeping_mtime", parts=PLACES, size=SIZES),
     _of("write_far_beyond", parts=PLACES, size=SIZES, seed=SEEDS),
-    _of("punch", parts=PLACES, offset=SIZES, size=SIZES),
+    _of("punch", parts=PLACES, offset=OFFSETS, size=SIZES),
     _of("copy_range", a=PLACES, b=PLACES, size=SIZES),
     _of("clone", a=PLACES, b=PLACES),
     _of("hold", parts=PLACES, append=hs.booleans()),
-    _of("write_held", seed=SEEDS, offset=SIZES, size=SIZES),
+    _of("write_held", seed=SEEDS, offset=OFFSETS, size=SIZES),
     _of("cut_held", seed=SEEDS, size=SIZES),
     _of("change_held", seed=SEEDS, mode=MODES),
     _of("let_go"),
