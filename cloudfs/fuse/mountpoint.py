@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cloudfs.core.errors import CloudfsError, UsageError
 
 SUBTYPE = "cloudfs"
 LIVE_SUBTYPE = "cloudfs-live"
+_TRIES, _PAUSE_S = 4, 0.1
 MOUNTINFO = Path("/proc/self/mountinfo")
 _KINDS = (f"fuse.{SUBTYPE}".encode(), f"fuse.{LIVE_SUBTYPE}".encode())
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
@@ -120,13 +122,18 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         command = ["umount", *(["-l"] if lazy else []), "--", path]
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise CloudfsError(f"{command[0]} is missing; install it to unmount.") from None
-    if done.returncode == 0:
-        return
-    said = done.stderr.strip()
+    said = ""
+    for _ in range(_TRIES):  # whoever lists the mounts of the machine is in each of them a moment
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise CloudfsError(f"{command[0]} is missing; install it to unmount.") from None
+        if done.returncode == 0:
+            return
+        said = done.stderr.strip()
+        if "busy" not in said:
+            break
+        time.sleep(_PAUSE_S)
     if "busy" in said:
         raise CloudfsError(
             f"{mountpoint} is in use; close what uses it, or take it away when that is done with"
