@@ -78,7 +78,7 @@ def _exercise_beside_syncs(base: Path, steps: int) -> int:
 
 
 def test_beside_syncs(tmp_path: Path) -> None:
-    assert _exercise_beside_syncs(tmp_path, QUICK) >= 3
+    assert _exercise_beside_syncs(tmp_path, QUICK // 3) >= 2
 
 
 @pytest.mark.long
