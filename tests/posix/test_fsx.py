@@ -31,7 +31,15 @@ def exercising(
     script = Path(fsx.__file__)
     running = [
         subprocess.Popen(
-            [sys.executable, script, place / f"fsx-{seed}", f"--seed={seed}", f"--steps={steps}"],
+            [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                script,
+                place / f"fsx-{seed}",
+                f"--seed={seed}",
+                f"--steps={steps}",
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -43,7 +51,7 @@ def exercising(
         for process in running:
             said = process.communicate(timeout=TIMEOUT_S)[0]
             print(said)
-            assert process.returncode == 0, said
+            assert process.returncode == 0, f"{said} (exit code {process.returncode})"
     finally:
         for process in running:
             process.kill()
@@ -78,7 +86,7 @@ def _exercise_beside_syncs(base: Path, steps: int) -> int:
 
 
 def test_beside_syncs(tmp_path: Path) -> None:
-    assert _exercise_beside_syncs(tmp_path, QUICK) >= 3
+    assert _exercise_beside_syncs(tmp_path, QUICK // 3) >= 2
 
 
 @pytest.mark.long
