@@ -21,16 +21,24 @@ int main(void) {
     SHOW(BTRFS_IOC_SNAP_DESTROY); SHOW(BTRFS_IOC_SNAP_CREATE_V2); SHOW(BTRFS_IOC_SEND);
     SHOW(BTRFS_IOC_GET_SUBVOL_INFO); SHOW(BTRFS_IOC_GET_SUBVOL_ROOTREF);
     SHOW(BTRFS_IOC_INO_LOOKUP_USER); SHOW(BTRFS_SUBVOL_RDONLY); SHOW(BTRFS_ROOT_SUBVOL_RDONLY);
-    SHOW(BTRFS_SEND_FLAG_NO_FILE_DATA);
+    SHOW(BTRFS_SEND_FLAG_NO_FILE_DATA); SHOW(BTRFS_IOC_TREE_SEARCH_V2); SHOW(BTRFS_INODE_ITEM_KEY);
     AT(btrfs_ioctl_vol_args, name);
     AT(btrfs_ioctl_vol_args_v2, flags); AT(btrfs_ioctl_vol_args_v2, name);
     AT(btrfs_ioctl_get_subvol_info_args, ctransid); AT(btrfs_ioctl_get_subvol_info_args, flags);
     AT(btrfs_ioctl_get_subvol_info_args, uuid); AT(btrfs_ioctl_get_subvol_info_args, parent_uuid);
+    AT(btrfs_ioctl_get_subvol_info_args, otransid);
     AT(btrfs_ioctl_get_subvol_rootref_args, rootref);
     AT(btrfs_ioctl_get_subvol_rootref_args, num_items);
     AT(btrfs_ioctl_ino_lookup_user_args, treeid); AT(btrfs_ioctl_ino_lookup_user_args, name);
     AT(btrfs_ioctl_ino_lookup_user_args, path);
     AT(btrfs_ioctl_send_args, parent_root); AT(btrfs_ioctl_send_args, flags);
+    AT(btrfs_ioctl_search_args_v2, key.min_objectid);
+    AT(btrfs_ioctl_search_args_v2, key.min_transid);
+    AT(btrfs_ioctl_search_args_v2, key.max_type); AT(btrfs_ioctl_search_args_v2, key.nr_items);
+    AT(btrfs_ioctl_search_args_v2, buf_size);
+    AT(btrfs_ioctl_search_header, objectid); AT(btrfs_ioctl_search_header, type);
+    AT(btrfs_ioctl_search_header, len);
+    AT(btrfs_inode_item, transid);
     return 0;
 }
 """
@@ -40,10 +48,21 @@ FIELDS = {
     "vol_args_v2": (ioctl.VOL_ARGS_V2, {"flags": 2, "name": 3}),
     "get_subvol_info_args": (
         ioctl.SUBVOL_INFO_ARGS,
-        {"flags": 5, "uuid": 6, "parent_uuid": 7, "ctransid": 9},
+        {"flags": 5, "uuid": 6, "parent_uuid": 7, "ctransid": 9, "otransid": 10},
     ),
     "get_subvol_rootref_args": (ioctl.ROOTREF_ARGS, {"rootref": 1, "num_items": 2}),
     "ino_lookup_user_args": (ioctl.INO_LOOKUP_USER_ARGS, {"treeid": 1, "name": 2, "path": 3}),
+    "search_args_v2": (
+        ioctl.SEARCH_ARGS_V2,
+        {
+            "key.min_objectid": 1,
+            "key.min_transid": 5,
+            "key.max_type": 8,
+            "key.nr_items": 9,
+            "buf_size": 15,
+        },
+    ),
+    "search_header": (ioctl.SEARCH_HEADER, {"objectid": 1, "type": 3, "len": 4}),
     "send_args": (ioctl.SEND_ARGS, {"parent_root": 3, "flags": 4}),
 }
 """Structures, and which field of ours is which of theirs."""
@@ -86,6 +105,9 @@ def test_numbers_and_layouts_are_those_of_the_header(tmp_path: Path) -> None:
         "BTRFS_SUBVOL_RDONLY": ioctl.SUBVOL_RDONLY,
         "BTRFS_ROOT_SUBVOL_RDONLY": ioctl.ROOT_SUBVOL_RDONLY,
         "BTRFS_SEND_FLAG_NO_FILE_DATA": ioctl.SEND_FLAG_NO_FILE_DATA,
+        "BTRFS_IOC_TREE_SEARCH_V2": ioctl.TREE_SEARCH_V2,
+        "BTRFS_INODE_ITEM_KEY": ioctl.INODE_ITEM_KEY,
+        "btrfs_inode_item.transid": ioctl.INODE_CHANGED_AT,
     }
     assert ours == header  # the numbers hold the sizes
 
@@ -131,3 +153,30 @@ def test_subvolumes_are_listed_whatever_they_are_called(volume: Path) -> None:
     found = subvolume.below(os.fsencode(tree))
     assert sorted(found) == sorted(names)
     assert found.index(b"within") < found.index(b"within/it") < found.index(b"within/it/2")
+
+
+def test_inodes_that_changed_after_a_transaction(volume: Path) -> None:
+    """However many there are, and nothing that did not change beside them."""
+    tree, place = btrfs.subvolume(volume / "tree"), volume / "snapshot"
+    for number in range(3000):
+        (tree / f"{number}").write_bytes(b"x" * number)  # some lie within the tree itself
+    ioctl.snapshot(os.fsencode(tree), os.fsencode(place))
+    made = ioctl.info(os.fsencode(place)).made
+
+    def found() -> set[int]:
+        os.sync()
+        inodes = [i for some in ioctl.inodes_since(os.fsencode(tree), made) for i in some]
+        assert len(inodes) == len(set(inodes))
+        return set(inodes)
+
+    assert found() == set()
+    changed = [tree / f"{number}" for number in range(0, 3000, 100)]
+    for path in changed:
+        path.write_bytes(b"changed")
+    assert found() == {path.stat().st_ino for path in changed}
+    for number in range(3000):
+        (tree / f"{number}").chmod(0o600)
+    assert found() == {(tree / f"{number}").stat().st_ino for number in range(3000)}
+    assert tree.stat().st_ino not in found()
+    os.listdir(tree)  # which moves a time of the directory, and a sync looks at that too
+    assert tree.stat().st_ino in found()

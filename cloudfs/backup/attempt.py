@@ -11,7 +11,14 @@ import xxhash
 from cloudfs.backup.adopt import adopt
 from cloudfs.backup.coalesce import PageSpool
 from cloudfs.backup.dispatch import Dispatcher
-from cloudfs.backup.job import Interrupted, SyncEvents, SyncJob, SyncResult, Verified
+from cloudfs.backup.job import (
+    Interrupted,
+    SyncEvents,
+    SyncJob,
+    SyncResult,
+    SyncSettings,
+    Verified,
+)
 from cloudfs.backup.packs import PackSettings
 from cloudfs.backup.publish import Collected, Publisher
 from cloudfs.backup.rebuild import rebuild
@@ -73,7 +80,7 @@ class Attempt:
         self._view: SnapshotView | None = None
         if self._previous is not None:
             self._view = history.view(self._previous.number)
-        self._signature = _signature(job)
+        self._signature = signature_of(job.settings)
         self._orphans: dict[bytes, PackRow] = {}
         self._collected = Collected(spool)
         self._packing = self._pack_settings()
@@ -197,13 +204,9 @@ class Attempt:
             self._events.note(note)
         if self._source.changes is None or self._view is None:
             return None
-        reason = ""
-        if self._rebuilt:
-            reason = "the local state was not that of the last snapshot"
-        elif not trust:
-            reason = "the policy's sources or filters are others"
-        elif self._state.head.unread:
-            reason = "some files could not be read last time"
+        reason = "the local state was not that of the last snapshot"
+        if not self._rebuilt:
+            reason = why_not_trusted(self._state.head, self._signature)
         if reason:
             self._events.note(f"the snapshot is scanned: {reason}")
             return None
@@ -428,8 +431,15 @@ def check_stop(job: SyncJob, snapshot: int) -> None:
         )
 
 
-def _signature(job: SyncJob) -> bytes:
+def why_not_trusted(head: Head, signature: bytes) -> str:
+    """Why a sync that begins at ``head`` cannot go by a changelist; "" if it can."""
+    if head.signature != signature:
+        return "the policy's sources or filters are others"
+    if head.unread:
+        return "some files could not be read last time"
+    return ""
+
+
+def signature_of(settings: SyncSettings) -> bytes:
     """A digest of what decides which items a walk sees: another one, and all is looked at."""
-    return xxhash.xxh3_128_digest(
-        msgspec.msgpack.encode([job.settings.sources, job.settings.filters])
-    )
+    return xxhash.xxh3_128_digest(msgspec.msgpack.encode([settings.sources, settings.filters]))

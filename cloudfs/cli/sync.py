@@ -111,7 +111,7 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
     place = app.place(name)
     if place.file is None:
         raise UsageError(f"a sync needs a policy on this machine, and {name} is none.")
-    _check_sources(place.file.policy)
+    check_sources(place.file.policy)
     if app.local_state().is_new(place.file.policy.id) and wishes.workers != 1:
         # A first backup is most likely large: its workers import while the key is derived.
         from cloudfs.repo import pool
@@ -143,7 +143,7 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
     return SOME_UNREADABLE if result.unreadable else 0
 
 
-def _check_sources(policy: Policy) -> None:
+def check_sources(policy: Policy) -> None:
     """Before the repository is opened: what is wrong with the sources is wrong anyway."""
     for source in policy.sources:
         if not os.path.lexists(source):

@@ -57,15 +57,19 @@ def _job(app: App, name: str, directory: Path) -> WatchJob:
     import msgspec
 
     from cloudfs.cli.sync import filters_of
+    from cloudfs.source.choose import choose
     from cloudfs.source.watch.start import job_for
 
     policy = app.policies.load(name).policy
+    sources = [os.fsencode(source) for source in policy.sources]
     if policy.snapshot != "watch":
+        found_by = choose(policy.snapshot, sources)
+        if found_by == "btrfs":
+            raise UsageError(f"{name} finds what changed by btrfs snapshots and needs no daemon.")
         raise UsageError(
-            f"{name} finds what changed by {policy.snapshot}; `cloudfs policy set {name}"
+            f"{name} finds what changed by {found_by}; `cloudfs policy set {name}"
             " --snapshot watch` lets its syncs go by a daemon."
         )
-    sources = [os.fsencode(source) for source in policy.sources]
     job = job_for(directory, sources, filters_of(policy).leaves_out)
     return msgspec.structs.replace(job, log_file=str(app.environment.state_dir / LOG_NAME))
 

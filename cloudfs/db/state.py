@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -251,6 +252,18 @@ class SyncState:
             self._env.sync(True)
             self._stamp.write_text(_CLEAN)
         self._env.close()
+
+
+def read_head(directory: Path) -> Head | None:
+    """The head of the state in a directory, for those who only look; None where there is none, or
+    none that a sync would believe."""
+    try:
+        if (directory / "boot").read_text() not in (_CLEAN, boot_id()):
+            return None
+        with contextlib.closing(SyncState(directory, writer=False)) as state:
+            return state.head
+    except (OSError, lmdb.Error, msgspec.DecodeError):
+        return None
 
 
 def _inodes_of(record: DirRecord) -> list[bytes]:

@@ -83,6 +83,13 @@ class Machine:
         assert lines[0].endswith((".", "?", "!", ")", "`", "'"))
         return lines[0].removeprefix("cloudfs: ")
 
+    def source_state(self) -> tuple[str, str]:
+        """What the table of ``status`` says of the first policy's changes, and of its source."""
+        title, line = self.run("status").out.splitlines()[:2]
+        words = ("changes since", "source", "mounted at")
+        changes, source, end = (title.index(word) for word in words)
+        return line[changes:source].strip(), line[source:end].strip()
+
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:

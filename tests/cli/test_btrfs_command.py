@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,63 @@ def test_only_what_btrfs_tells_is_uploaded(synced: Machine, tree: Path) -> None:
     assert len(holding(tree)) == 2  # one for each of the two subvolumes
     assert "unchanged" in synced.run("sync", "vol").out
     assert "btrfs" in synced.run("snapshots", "vol").out
+
+
+def test_how_it_stands(synced: Machine, tree: Path) -> None:
+    assert synced.source_state() == ("0 items", "btrfs, complete")
+    (tree / "docs" / "7").write_text("changed")
+    (tree / "docs" / "nested" / "more").write_text("more")
+    os.sync()  # what was not written out yet is not counted
+    assert synced.source_state() == (
+        "3 items",
+        "btrfs, complete",
+    )  # with the directory of the new one
+    (found,) = synced.run("status", "--json").objects
+    assert (found["source_complete"], found["source_reason"]) == (True, None)
+    assert (found["changes_since"], found["changes_unit"]) == (3, "item")
+    assert "Snapshot 2" in synced.run("sync", "vol").out
+    assert synced.source_state() == ("0 items", "btrfs, complete")
+    btrfs.subvolume(tree / "other")
+    reason = "btrfs, next sync scans: a subvolume came, went or moved"
+    assert synced.source_state() == ("not known (scan)", reason)
+    synced.run("sync", "vol")
+    assert synced.source_state()[1] == "btrfs, complete"
+    for name in holding(tree):
+        btrfs.run("btrfs", "subvolume", "delete", tree / HOLDING / name)
+    assert "is gone" in synced.source_state()[1]
+    assert holding(tree) == []
+
+
+def test_how_it_stands_with_another_machine(
+    synced: Machine, other_machine: Machine, tree: Path, repo: str
+) -> None:
+    """Which synced since, so that this one's snapshot is none to count from."""
+    other_machine.run("policy", "create", "vol", "--adopt", "--repo", repo)
+    (tree / "docs" / "7").write_text("changed")
+    other_machine.run("sync", "vol", "--force")
+    assert "belongs to snapshot 1" in synced.source_state()[1]
+    assert other_machine.source_state()[1] == "btrfs, complete"
+
+
+def test_how_it_stands_without_root(synced: Machine) -> None:
+    """Whoever cannot sync is still told of the last snapshot."""
+    synced.run("policy", "set", "vol", "--snapshot", "btrfs")
+    program = "import os; os.geteuid = lambda: 1; from cloudfs.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "status"],
+        env=synced.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(r"  1, .* ago +not known +btrfs\n", done.stdout)
+    assert "vol: btrfs snapshots need root" in done.stderr
+    assert done.returncode == 1
+
+
+def test_no_daemon_is_needed(synced: Machine) -> None:
+    said = synced.fails(2, "watch", "vol")
+    assert said == "vol finds what changed by btrfs snapshots and needs no daemon."
 
 
 def test_the_btrfs_command_is_not_needed(synced: Machine, tree: Path, tmp_path: Path) -> None:

@@ -94,6 +94,18 @@ def test_only_what_is_told_is_read(synced: Machine, fs: Path, tree: Path, tmp_pa
         synced.run("umount", view)
 
 
+def test_how_it_stands(synced: Machine, fs: Path, tree: Path) -> None:
+    """Said without running a command."""
+    before = sorted(os.listdir(fs))
+    assert synced.source_state() == ("not known", "external, complete")
+    (found,) = synced.run("status", "--json").objects
+    assert (found["source_complete"], found["changes_since"]) == (True, None)
+    synced.run("policy", "set", "ext", "--external-snapshot", "false")
+    reason = "external, next sync scans: the policy's commands or sources are others"
+    assert synced.source_state() == ("not known (scan)", reason)
+    assert sorted(os.listdir(fs)) == before
+
+
 def test_a_sync_killed_anywhere_leaves_nothing_behind(
     synced: Machine, fs: Path, tree: Path, tmp_path: Path
 ) -> None:

@@ -79,7 +79,7 @@ def test_status(home: Machine, tree: Path, repo: str) -> None:
     assert "none yet" in line
     home.run("sync")
     line = home.run("status").out.splitlines()[1]
-    assert re.search(r"  1, [\d.]+ s ago  ", line)
+    assert re.search(r"  1, [\d.]+ s ago +not known \(scan\)  scan", line)
     home.variables["CLOUDFS_PASSPHRASE"] = ""
     done = home.run("status", code=2)
     assert "not known" in done.out

@@ -100,6 +100,44 @@ def gone(process: int) -> None:
     raise AssertionError("the daemon did not end")
 
 
+def test_how_it_stands(watched: Machine, tree: Path) -> None:
+    assert watched.source_state() == ("0 names", "watch, complete")
+    for number in range(5):
+        (tree / "docs" / f"{number}").write_text("changed")
+    assert watched.source_state() == ("5 names", "watch, complete")
+    (found,) = watched.run("status", "--json").objects
+    assert (found["source"], found["source_complete"], found["source_reason"]) == (
+        "watch", True, None
+    )  # fmt: skip
+    assert (found["changes_since"], found["changes_unit"]) == (5, "name")
+    watched.run("policy", "set", "home", "--exclude", "*.tmp")
+    assert watched.source_state()[1] == (
+        "watch, next sync scans: the policy's sources or filters are others"
+    )
+    watched.run("sync", "home")
+    assert watched.source_state() == ("0 names", "watch, complete")
+    os.kill(process_of(watched), signal.SIGKILL)
+    assert watched.source_state() == (
+        "not known (scan)", "watch, next sync scans: no daemon watches it"
+    )  # fmt: skip
+    (found,) = watched.run("status", "--json").objects
+    assert (found["source_complete"], found["changes_since"]) == (False, None)
+    assert found["source_reason"] == "no daemon watches it"
+    watched.run("watch", "home")
+    assert "has listened only since after the last snapshot" in watched.source_state()[1]
+    watched.run("sync", "home")
+    assert watched.source_state() == ("0 names", "watch, complete")
+
+
+def test_how_it_stands_with_a_tree_that_is_gone(watched: Machine, tree: Path) -> None:
+    tree.rename(tree.with_name("aside"))
+    done = watched.run("status", code=1)
+    assert "does not exist. Is its drive mounted?" in done.err
+    assert "  1, " in done.out
+    tree.with_name("aside").rename(tree)
+    assert watched.source_state() == ("2 names", "watch, complete")  # heard of beside the tree
+
+
 def test_in_the_foreground(machine: Machine, tree: Path, repo: str) -> None:
     create = ("policy", "create", "home", "--source", tree, "--repo", repo, "--snapshot", "watch")
     machine.run(*create)

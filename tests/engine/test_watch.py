@@ -40,6 +40,18 @@ class OnWatch(Tree):
         self.heard = False  # whether the daemon has listened since the last snapshot
         self.models = {}
 
+    @rule(force=hs.booleans())
+    def sync_more_often(self, force: bool) -> None:
+        """Or most syncs would follow the death of a daemon."""
+        self.sync(force)
+
+    @rule()
+    def sync_after_a_sync(self) -> None:
+        """With what happened in between heard of."""
+        self.sync(False)
+        self.write([b"a"], 4097, len(self.models))
+        self.sync(False)
+
     @rule(a=PLACES, b=PLACES)
     def clone(self, a: list[bytes], b: list[bytes]) -> None:
         if os.path.isfile(self.path(a)) and not os.path.isdir(self.path(b)):
@@ -127,16 +139,23 @@ def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnWatch, "volume", volume, raising=False)
 
 
+SHARES, LONG_SHARES = 1, 4
+"""How many tests each hunt is, for several processes to run at once; each finds sequences of its
+own."""
+
+
+@pytest.mark.parametrize("_share", range(SHARES))
 def test_snapshots_are_what_the_tree_was(
-    local_volume: Path, monkeypatch: pytest.MonkeyPatch
+    local_volume: Path, monkeypatch: pytest.MonkeyPatch, _share: int
 ) -> None:
     prepare(local_volume, monkeypatch)
-    hunt(20, 40, OnWatch)
+    hunt(25, 100, OnWatch)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("_share", range(LONG_SHARES))
 def test_snapshots_are_what_the_tree_was_for_long(
-    local_volume: Path, monkeypatch: pytest.MonkeyPatch
+    local_volume: Path, monkeypatch: pytest.MonkeyPatch, _share: int
 ) -> None:
     prepare(local_volume, monkeypatch)
-    hunt(1000, 100, OnWatch)
+    hunt(250, 100, OnWatch)

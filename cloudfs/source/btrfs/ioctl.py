@@ -26,7 +26,8 @@ VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")
 SUBVOL_INFO_ARGS = struct.Struct("=Q256sQQQQ16s16s16s4Q64x64x")
 """struct btrfs_ioctl_get_subvol_info_args: number, name, number of the parent, its directory,
 generation, flags, UUID, UUID of what it is a snapshot of, UUID of what was received as it, the
-transaction that last changed something in it, and more that is not used."""
+transaction that last changed something in it, that in which it was made, and more that is not
+used."""
 
 ROOTREF = struct.Struct("=QQ")
 ROOTREF_ARGS = struct.Struct("=Q4080sB7x")
@@ -40,6 +41,14 @@ SEND_ARGS = struct.Struct("=qQQQQI28x")
 """struct btrfs_ioctl_send_args: descriptor, count of clone sources, where they are, parent, flags,
 version."""
 
+SEARCH_ARGS_V2 = struct.Struct("=7Q4I4QQ")
+"""struct btrfs_ioctl_search_args_v2: tree (0: the one that the descriptor is in), least and
+greatest object, offset and transaction, least and greatest type, count of items, six words that are
+not used, size of the buffer that follows."""
+
+SEARCH_HEADER = struct.Struct("=QQQII")
+"""struct btrfs_ioctl_search_header: transaction, object, offset, type, bytes of the item."""
+
 
 def _number(direction: int, number: int, layout: struct.Struct) -> int:
     return direction << 30 | layout.size << 16 | _MAGIC << 8 | number
@@ -47,6 +56,7 @@ def _number(direction: int, number: int, layout: struct.Struct) -> int:
 
 SNAP_DESTROY = _number(_WRITE, 15, VOL_ARGS)
 SNAP_CREATE_V2 = _number(_WRITE, 23, VOL_ARGS_V2)
+TREE_SEARCH_V2 = _number(_READ | _WRITE, 17, SEARCH_ARGS_V2)
 SEND = _number(_WRITE, 38, SEND_ARGS)
 GET_SUBVOL_INFO = _number(_READ, 60, SUBVOL_INFO_ARGS)
 GET_SUBVOL_ROOTREF = _number(_READ | _WRITE, 61, ROOTREF_ARGS)
@@ -55,6 +65,13 @@ INO_LOOKUP_USER = _number(_READ | _WRITE, 62, INO_LOOKUP_USER_ARGS)
 SUBVOL_RDONLY = 1 << 1  # asked for when a snapshot is made
 ROOT_SUBVOL_RDONLY = 1 << 0  # and as it is told of one (linux/btrfs_tree.h)
 SEND_FLAG_NO_FILE_DATA = 1 << 0
+INODE_ITEM_KEY = 1  # the type of what a tree holds of an inode itself
+INODE_CHANGED_AT = 8  # where struct btrfs_inode_item says which transaction last changed it
+
+_TRANSACTION = struct.Struct("=Q")
+_SEARCHED_BYTES = 1 << 16  # what one search may give
+_GREATEST = (1 << 64) - 1
+_LAST_INODE = _GREATEST - 256
 
 
 class SubvolumeInfo(NamedTuple):
@@ -62,6 +79,7 @@ class SubvolumeInfo(NamedTuple):
 
     number: int
     changed: int  # the transaction that last changed something in it; moving its blocks does not
+    made: int  # the transaction in which it was made
     read_only: bool
     uuid: str
     parent_uuid: str  # of the subvolume that it is a snapshot of
@@ -87,9 +105,9 @@ def info(path: bytes) -> SubvolumeInfo:
     answer = bytearray(SUBVOL_INFO_ARGS.size)
     with opened(path) as fd:
         fcntl.ioctl(fd, GET_SUBVOL_INFO, answer)
-    number, _, _, _, _, flags, own, parent, _, changed, *_ = SUBVOL_INFO_ARGS.unpack(answer)
+    number, _, _, _, _, flags, own, parent, _, changed, made, *_ = SUBVOL_INFO_ARGS.unpack(answer)
     read_only = bool(flags & ROOT_SUBVOL_RDONLY)
-    return SubvolumeInfo(number, changed, read_only, own.hex(), parent.hex())
+    return SubvolumeInfo(number, changed, made, read_only, own.hex(), parent.hex())
 
 
 def children(path: bytes) -> list[bytes]:
@@ -117,6 +135,44 @@ def _path(fd: int, number: int, directory: int) -> bytes:
     fcntl.ioctl(fd, INO_LOOKUP_USER, answer)
     _, _, name, path = INO_LOOKUP_USER_ARGS.unpack(answer)
     return bytes(path.partition(b"\0")[0] + name.partition(b"\0")[0])
+
+
+def inodes_since(path: bytes, transaction: int) -> Iterator[list[int]]:
+    """The inodes of a subvolume that were changed after a transaction, search by search. Raises
+    OSError.
+
+    Blocks of the tree that are older are passed over, so this costs what changed. Of changes that
+    were not yet written out (at most for half a minute) it does not tell.
+    """
+    inode = 0
+    with opened(path) as fd:
+        while True:
+            key = (0, inode, _LAST_INODE, 0, _GREATEST, transaction + 1, _GREATEST)
+            size = _SEARCHED_BYTES - SEARCH_ARGS_V2.size
+            counts = (0, 0xFF, 1 << 31, 0)  # least and greatest type, items
+            answer = bytearray(SEARCH_ARGS_V2.pack(*key, *counts, 0, 0, 0, 0, size))
+            answer.extend(bytes(size))
+            fcntl.ioctl(fd, TREE_SEARCH_V2, answer)
+            found, last = _changed_inodes(answer, transaction)
+            if last is None:
+                return
+            yield found
+            inode = last + 1  # its inode item comes before all else of it
+
+
+def _changed_inodes(answer: bytearray, transaction: int) -> tuple[list[int], int | None]:
+    """The inodes that a search found, and the last object that it saw anything of."""
+    found, last = [], None
+    place = SEARCH_ARGS_V2.size
+    for _ in range(SEARCH_ARGS_V2.unpack_from(answer)[9]):
+        _, last, _, kind, size = SEARCH_HEADER.unpack_from(answer, place)
+        place += SEARCH_HEADER.size
+        if kind == INODE_ITEM_KEY:
+            (changed,) = _TRANSACTION.unpack_from(answer, place + INODE_CHANGED_AT)
+            if changed > transaction:
+                found.append(last)
+        place += size
+    return found, last
 
 
 def send(path: bytes, parent: int, target: IO[bytes]) -> None:

@@ -7,6 +7,8 @@
    the new snapshots, and says why.
 3. After the commit the new snapshots become the base and the old ones are deleted. A sync that
    fails deletes its own; what a killed one left is deleted by the next.
+4. Between two syncs the base can be judged by the same rules, without a snapshot; which inodes are
+   younger than it is counted in the file system's own tree.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.source.btrfs import subvolume
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import HOLDING, root_names
+from cloudfs.source.state import SourceState, scanning
+
+ENOUGH = 100_000
+"""So many changes are counted for those who only ask; a sync has no such bound."""
 
 Excludes = Callable[[bytes], bool]
 
@@ -160,17 +166,9 @@ class BtrfsSource:
         where that cannot be known."""
         if not base.held or not snapshot:
             return None
-        if (base.snapshot, base.taken_ns) != (snapshot, taken_ns):
-            raise SourceError(
-                f"the last btrfs snapshot here belongs to snapshot {base.snapshot}, and not to"
-                f" snapshot {snapshot} as it is in the repository."
-            )
+        live = {held.path: held.parent_uuid for held in taken}
         before = {held.path: held for held in base.held}
-        if before.keys() != {held.path for held in taken}:
-            raise SourceError("a subvolume came, went or moved.")
-        if any(before[held.path].parent_uuid != held.parent_uuid for held in taken):
-            raise SourceError("another subvolume took the place of one.")
-        _check_untouched(base.held)
+        _check_base(base, live, snapshot, taken_ns)
         found = Changelist()
         for new in taken:
             mounted = _mounted_in(new.path, before)
@@ -188,6 +186,38 @@ class BtrfsSource:
         _check_untouched(base.held)
         return found
 
+    # -- between two syncs ---------------------------------------------------------------------
+
+    def state(self, snapshot: int, taken_ns: int) -> SourceState:
+        """What the next sync would go by, if the last snapshot is this one. What changed is counted
+        as far as the file system has written it out."""
+        base = self._read_note()
+        if not base.held:
+            return scanning("btrfs", "there is no btrfs snapshot to count from")
+        try:
+            live = self._live()
+            uuids = {path: subvolume.identity(place).uuid for path, place in live.items()}
+            _check_base(base, uuids, snapshot, taken_ns)
+            count = sum(self._count(live[held.path], held) for held in base.held)
+        except SourceError as error:
+            return scanning("btrfs", str(error).rstrip("."))
+        return SourceState("btrfs", True, "", min(count, ENOUGH), "item", count >= ENOUGH)
+
+    def _live(self) -> dict[bytes, bytes]:
+        """Where the subvolumes are that a sync would snapshot, by their paths below the root."""
+        return {
+            _join(name, path): _join(source, path)
+            for name, source in zip(self._names, self._sources, strict=True)
+            for path in self._paths(source)
+        }
+
+    def _count(self, place: bytes, held: _Held) -> int:
+        """How many items of a subvolume are younger than a snapshot of it."""
+        apart = []
+        with contextlib.suppress(OSError):  # which changes when a base is deleted
+            apart.append(os.lstat(os.path.join(place, HOLDING)).st_ino)
+        return subvolume.count_changed(place, subvolume.identity(held.place).made, ENOUGH, apart)
+
     # -- memory --------------------------------------------------------------------------------
 
     def _read_note(self) -> _Bases:
@@ -201,6 +231,22 @@ class BtrfsSource:
         temporary = self._note.with_name(f"{self._note.name}.{os.getpid()}")
         temporary.write_bytes(msgspec.msgpack.encode(bases))
         temporary.replace(self._note)
+
+
+def _check_base(base: _Bases, live: dict[bytes, str], snapshot: int, taken_ns: int) -> None:
+    """Raise SourceError where the last snapshots are not those to count from: ``live`` says which
+    subvolumes (by UUID) lie where."""
+    if (base.snapshot, base.taken_ns) != (snapshot, taken_ns):
+        raise SourceError(
+            f"the last btrfs snapshot here belongs to snapshot {base.snapshot}, and not to"
+            f" snapshot {snapshot} as it is in the repository."
+        )
+    before = {held.path: held.parent_uuid for held in base.held}
+    if before.keys() != live.keys():
+        raise SourceError("a subvolume came, went or moved.")
+    if before != live:
+        raise SourceError("another subvolume took the place of one.")
+    _check_untouched(base.held)
 
 
 def _check_untouched(base: list[_Held]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import SourceError
@@ -73,6 +73,18 @@ def changes(base: bytes, new: bytes, mounted: Sequence[bytes] = ()) -> Changelis
             ioctl.send(new, ioctl.info(base).number, stream)
             stream.seek(0)
         return Replay().run(commands(stream), mounted)
+
+
+def count_changed(path: bytes, made: int, enough: int, apart: Collection[int] = ()) -> int:
+    """How many inodes of a subvolume changed after transaction ``made``, without those set
+    ``apart``; counting ends when it is ``enough``. Raises SourceError."""
+    count = 0
+    with _told("count what changed in", path):
+        for inodes in ioctl.inodes_since(path, made):
+            count += sum(inode not in apart for inode in inodes)
+            if count >= enough:
+                break
+    return count
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from cloudfs.source.external.trees import NewTree, OldTree, join
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import root_names
 from cloudfs.source.scan import Filters, Matcher
+from cloudfs.source.state import SourceState, scanning
 
 MAX_CHANGES_BYTES = 1 << 30
 _MAX_SNAPSHOT_BYTES = 1 << 16
@@ -193,13 +194,8 @@ class ExternalSource:
         note, head = self._note, state.head
         if not self._commands.changes or not note.base or not head.snapshot:
             return None
-        if (note.snapshot, note.taken_ns) != (head.snapshot, head.taken_ns):
-            raise SourceError(
-                f"the last snapshot here belongs to snapshot {note.snapshot}, and not to snapshot"
-                f" {head.snapshot} as it is in the repository."
-            )
-        if note.made_by != self._made_by():
-            raise SourceError("the policy's commands or sources are others.")
+        if reason := self._reason(head.snapshot, head.taken_ns):
+            raise SourceError(f"{reason}.")
         found = Changelist()
         for name, base, new in zip(self._names, note.base, taken, strict=True):
             if base.inode != new.inode:
@@ -217,6 +213,28 @@ class ExternalSource:
                     )
                 )
         return found
+
+    def _reason(self, snapshot: int, taken_ns: int) -> str:
+        """Why the snapshots that are held are not those to count from; "" if they are."""
+        note = self._note
+        if (note.snapshot, note.taken_ns) != (snapshot, taken_ns):
+            return (
+                f"the last snapshot here belongs to snapshot {note.snapshot}, and not to snapshot"
+                f" {snapshot} as it is in the repository"
+            )
+        if note.made_by != self._made_by():
+            return "the policy's commands or sources are others"
+        return ""
+
+    def state(self, snapshot: int, taken_ns: int) -> SourceState:
+        """What the next sync would go by, if the last snapshot is this one. No command is run."""
+        if not self._commands.changes:
+            return scanning("external", "no command tells what changed")
+        if not self._note.base:
+            return scanning("external", "there is no snapshot to count from")
+        if reason := self._reason(snapshot, taken_ns):
+            return scanning("external", reason)
+        return SourceState("external", True)
 
     def _changes_of(
         self, name: bytes, base: _Held, new: _Held, state: SyncState, born_ns: BornNs

@@ -6,6 +6,7 @@
    made a changelist: the directories behind the handles are found where they are now. In all other
    cases the tree is scanned, and the reason said.
 3. After the commit the daemon is told, and forgets the epoch. A sync that fails tells it nothing.
+4. Between two syncs the daemon can be asked how it stands: the same reasons then speak against it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.watched import WatchedSet
 from cloudfs.source.ready import Ready
+from cloudfs.source.state import SourceState, scanning
 from cloudfs.source.unseen import Inode, being_written
 from cloudfs.source.watch import client
 from cloudfs.source.watch.places import LeavesOut, Places, places_of
 from cloudfs.source.watch.protocol import EVENTS, Answer, Base, Question
 from cloudfs.source.watch.resolve import Resolver
+
+STATE_TIMEOUT_S = 5.0
+"""How long somebody who only asks how it stands waits for a daemon."""
 
 
 class WatchSource:
@@ -63,6 +68,17 @@ class WatchSource:
         found.keep = lambda record: self._keep(record, closed, places)
         found.changed_since = lambda: self._since(closed, places)
         yield found
+
+    def state(self, snapshot: int, taken_ns: int) -> SourceState:
+        """What the next sync would go by, if the last snapshot is this one."""
+        try:
+            places = places_of(self._sources, self._leaves_out)
+            now = client.ask(self._directory, Question("state"), STATE_TIMEOUT_S)
+        except (SourceError, OSError) as error:
+            return scanning("watch", str(error).rstrip("."))
+        if reason := self._reason(now, places, snapshot, taken_ns):
+            return scanning("watch", reason)
+        return SourceState("watch", True, pending=now.pending, unit="name")
 
     def _reason(self, closed: Answer, places: Places, snapshot: int, taken_ns: int) -> str:
         """Why what the daemon heard is not all; "" if it is."""
