@@ -77,7 +77,8 @@ def _ready(
         btrfs = BtrfsSource(
             settings.sources, job.record.id, directory / "btrfs", settings.filters.leaves_out
         )
-        return btrfs.ready(state.head.snapshot, state.head.taken_ns)
+        head = state.head
+        return btrfs.ready(head.snapshot, head.taken_ns, head.counts.items)
     if chosen == "watch":
         from cloudfs.source.watch.session import WatchSource
 
