@@ -38,7 +38,7 @@ int main(void) {
     AT(btrfs_ioctl_search_args_v2, buf_size);
     AT(btrfs_ioctl_search_header, objectid); AT(btrfs_ioctl_search_header, type);
     AT(btrfs_ioctl_search_header, len);
-    AT(btrfs_inode_item, transid);
+    AT(btrfs_inode_item, transid); AT(btrfs_inode_item, size); AT(btrfs_inode_item, mode);
     return 0;
 }
 """
@@ -107,7 +107,9 @@ def test_numbers_and_layouts_are_those_of_the_header(tmp_path: Path) -> None:
         "BTRFS_SEND_FLAG_NO_FILE_DATA": ioctl.SEND_FLAG_NO_FILE_DATA,
         "BTRFS_IOC_TREE_SEARCH_V2": ioctl.TREE_SEARCH_V2,
         "BTRFS_INODE_ITEM_KEY": ioctl.INODE_ITEM_KEY,
-        "btrfs_inode_item.transid": ioctl.INODE_CHANGED_AT,
+        "btrfs_inode_item.transid": offset(ioctl.INODE_ITEM.format, 1),
+        "btrfs_inode_item.size": offset(ioctl.INODE_ITEM.format, 2),
+        "btrfs_inode_item.mode": offset(ioctl.INODE_ITEM.format, 3),
     }
     assert ours == header  # the numbers hold the sizes
 
@@ -165,7 +167,8 @@ def test_inodes_that_changed_after_a_transaction(volume: Path) -> None:
 
     def found() -> set[int]:
         os.sync()
-        inodes = [i for some in ioctl.inodes_since(os.fsencode(tree), made) for i in some]
+        searches = ioctl.inodes_since(os.fsencode(tree), made)
+        inodes = [inode.number for some in searches for inode in some]
         assert len(inodes) == len(set(inodes))
         return set(inodes)
 
@@ -180,3 +183,19 @@ def test_inodes_that_changed_after_a_transaction(volume: Path) -> None:
     assert tree.stat().st_ino not in found()
     os.listdir(tree)  # which moves a time of the directory, and a sync looks at that too
     assert tree.stat().st_ino in found()
+
+
+def test_what_changed_is_counted_with_the_sizes_of_what_was_there_before(volume: Path) -> None:
+    tree, place = btrfs.subvolume(volume / "tree"), volume / "snapshot"
+    for number in range(3):
+        (tree / f"{number}").write_bytes(b"x" * 100_000)
+    ioctl.snapshot(os.fsencode(tree), os.fsencode(place))
+    made = ioctl.info(os.fsencode(place)).made
+    (tree / "0").chmod(0o600)
+    with (tree / "1").open("r+b") as file:
+        file.write(b"changed")
+    (tree / "new").write_bytes(b"x" * 50_000)
+    os.sync()
+    top = os.fsencode(tree)
+    assert subvolume.count_changed(top, made) == (4, 200_000)  # the directory is one
+    assert subvolume.count_changed(top, made, apart=[tree.stat().st_ino]) == (3, 200_000)

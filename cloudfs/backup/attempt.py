@@ -220,12 +220,15 @@ class Attempt:
         scanner: Scanner,
         changes: Changelist,
     ) -> None:
+        def turn() -> None:
+            self._step_walking(walk, queue, dispatcher)
+
         def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
             for outcome in dispatcher.scan(parts, trust=True):
                 yield outcome
-                self._step(walk, queue, dispatcher, walking=True)
+                turn()
 
-        walk.run_changes(changes, scanner, scan, QUOTA)
+        walk.run_changes(changes, scanner, scan, QUOTA, turn)
 
     def _walk_all(
         self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, trust: bool
@@ -244,14 +247,18 @@ class Attempt:
             def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
                 for outcome in dispatcher.scan(parts, trust=trust):
                     yield outcome
-                    if walk.diff.waiting >= POOL_ITEMS and not self._job.dry_run:
-                        dispatcher.start_pool()
-                    self._step(walk, queue, dispatcher, walking=True)
+                    self._step_walking(walk, queue, dispatcher)
 
             if shared:
                 walk.run(scan, 4 * dispatcher.workers, 4 * QUOTA)
             else:
                 walk.run(scan, 1, QUOTA)
+
+    def _step_walking(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher) -> None:
+        """A step while the walk goes on; workers are started where there will be much to do."""
+        if walk.diff.waiting >= POOL_ITEMS and not self._job.dry_run:
+            dispatcher.start_pool()
+        self._step(walk, queue, dispatcher, walking=True)
 
     def _verify(self, noted: NotingQueue, *, changelist: bool) -> None:
         """Look at a sample of what is called unchanged. Raises Differs."""

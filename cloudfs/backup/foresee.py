@@ -35,8 +35,9 @@ def foresee(
     if last is None:
         return scanning(kind, "it is the first")
     directory = local.policy_dir(repository_id, record.id)
-    found = _asked(kind, settings, record, local, repository_id, last)
     head = read_head(directory)
+    items = head.counts.items if head is not None else 0
+    found = _asked(kind, settings, record, local, repository_id, last, items)
     if not found.complete:
         return found
     if head is None or (head.snapshot, head.taken_ns) != (last.number, last.time_ns):
@@ -53,6 +54,7 @@ def _asked(
     local: LocalState,
     repository_id: str,
     last: SnapshotRecord,
+    items: int,
 ) -> SourceState:
     """What the source itself says."""
     directory = local.policy_dir(repository_id, record.id)
@@ -66,7 +68,7 @@ def _asked(
         from cloudfs.source.btrfs.session import BtrfsSource
 
         note = directory / "btrfs"
-        return BtrfsSource(settings.sources, record.id, note, leaves_out).state(*at)
+        return BtrfsSource(settings.sources, record.id, note, leaves_out).state(*at, items)
     if kind == "live":
         from cloudfs.source.live.session import LiveSource
 

@@ -10,17 +10,22 @@
    would be taken for a new one, and one that lost a name for gone. Their directories may have moved
    with one above, so they come after the settling.
 4. Directories in which something could not be read last time are visited whole.
+5. Much may be named. So others have their turn after each QUOTA names, and what cannot have moved
+   is handed out during the walk, as in a scan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from cloudfs.backup.known import Known
-from cloudfs.backup.walk import ScanParts, Walk
+from cloudfs.backup.walk import QUOTA, ScanParts, Walk
 from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.changes import DirRecord, decode_listing
 from cloudfs.core.rows import ROOT_LIN
+from cloudfs.core.treediff import Visit
 from cloudfs.source.scan import Scanner, reason
 
 
@@ -28,10 +33,20 @@ class Revisit(Walk):
     """A walk that goes by a changelist."""
 
     def run_changes(
-        self, changes: Changelist, scanner: Scanner, scan_parts: ScanParts, quota: int
+        self,
+        changes: Changelist,
+        scanner: Scanner,
+        scan_parts: ScanParts,
+        quota: int,
+        turn: Callable[[], None],
     ) -> None:
-        """Visit only what a changelist names and what is new, settle and queue as :meth:`run`."""
+        """Visit only what a changelist names and what is new, settle and queue as :meth:`run`.
+
+        ``turn`` is called now and then while names are looked at.
+        """
         assert self._view is not None
+        self._turn, self._turn_at = turn, QUOTA
+        self._early: list[Visit] = []  # directories that were judged early
         self._scanner, self._changes = scanner, changes
         self._known_names = Known(self._state, self._view, self._same_directory)
         self._taken: set[int] = set()
@@ -48,6 +63,7 @@ class Revisit(Walk):
             _either(lin, todo, further).whole = True
         for lin, change in todo.items():
             self._revisit(lin, change)
+            self._take_turns()
         self._settle(scan_parts, quota)
         looked_at = set(changes.inodes or ())
         while further or self._linked() - looked_at:
@@ -56,6 +72,7 @@ class Revisit(Walk):
                 self._add_names(inode, {}, further)
             for lin, change in further.items():
                 self._revisit_further(lin, change)
+                self._take_turns()
             further = {}
             self._settle(scan_parts, quota)
         self._finish()
@@ -92,6 +109,13 @@ class Revisit(Walk):
                 change.ranges.setdefault(name, []).extend(ranges)
 
     # -- looking ---------------------------------------------------------------------------------
+
+    def _take_turns(self) -> None:
+        """Let others have their turn, if enough names were looked at since the last one."""
+        if self.items_seen >= self._turn_at:
+            self._turn_at = self.items_seen + QUOTA
+            self._early.extend(self._judge_early())
+            self._turn()
 
     def _revisit(self, lin: int, change: DirChange) -> None:
         record = self._state.record(lin)
@@ -143,7 +167,9 @@ class Revisit(Walk):
 
     def _settle(self, scan_parts: ScanParts, quota: int) -> None:
         """Judge what appeared, and visit what is new, until nothing is left to visit."""
-        visits = self.diff.settle(self._state.record, self._same_directory)
+        visits, self._early = self._early, []
+        if not visits:
+            visits = self.diff.settle(self._state.record, self._same_directory)
         while visits:
             known = [visit for visit in visits if self._state.record(visit[0]) is not None]
             self._moved.update(known)

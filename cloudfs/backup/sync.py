@@ -79,7 +79,8 @@ def _ready(
         btrfs = BtrfsSource(
             settings.sources, job.record.id, directory / "btrfs", settings.filters.leaves_out
         )
-        return btrfs.ready(state.head.snapshot, state.head.taken_ns)
+        head = state.head
+        return btrfs.ready(head.snapshot, head.taken_ns, head.counts.items)
     if chosen == "live":
         from cloudfs.source.live.protocol import Base
         from cloudfs.source.live.session import LiveSource

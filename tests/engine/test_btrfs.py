@@ -17,11 +17,13 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
+from cloudfs.source.btrfs import session
 from cloudfs.source.btrfs.subvolume import ROOT_INODE
 from cloudfs.source.roots import HOLDING
+from cloudfs.source.state import SourceState
 from tests.engine import btrfs
 from tests.engine.rig import Rig, contents_of_tree, difference
-from tests.engine.test_machine import PLACES, SIZES, Tree, hunt
+from tests.engine.test_machine import PLACES, SIZES, Tree, hunt, judge_early
 
 FICLONE, FICLONERANGE = 0x40049409, 0x4020940D
 
@@ -51,6 +53,47 @@ def sync_of_changes(rig: Rig) -> SyncResult:
     made = rig.contents(result.snapshot.number)
     assert not difference(made, contents_of_tree(rig.tree))
     return result
+
+
+def test_where_much_changed_the_snapshot_is_scanned(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not for files that were there before and hold much, of which btrfs tells what to read."""
+    monkeypatch.setattr(session, "MUCH", 10)
+    for number in range(20):
+        (rig.tree / f"{number}").write_bytes(os.urandom(300_000))
+    (rig.tree / "small").write_text("small")
+    rig.sync()
+
+    def state() -> SourceState:
+        os.sync()
+        history = rig.history()
+        last = history.snapshots[-1]
+        history.repository.local.close()
+        place = rig.repository.local.policy_dir(rig.repository.id, rig.record.id) / "btrfs"
+        source = session.BtrfsSource([os.fsencode(rig.tree)], rig.record.id, place, lambda _: False)
+        return source.state(last.number, last.time_ns, 20)
+
+    for number in range(12):
+        (rig.tree / f"new{number}").write_text("new")
+    (rig.tree / "small").rename(rig.tree / "moved")
+    reason = "so much changed (14 items) that this costs less"
+    assert (state().complete, state().reason) == (False, reason)
+    rig.notes.clear()
+    result = rig.sync()
+    assert rig.notes == [f"the snapshot is scanned: {reason}."]
+    assert result.snapshot is not None
+    assert result.snapshot.consistent
+    assert (result.new, result.moved, result.deleted) == (12, 1, 0)
+    assert not difference(rig.contents(2), contents_of_tree(rig.tree))
+
+    for number in range(20):
+        with (rig.tree / f"{number}").open("r+b") as file:
+            file.write(b"changed")
+    assert state().complete
+    result = sync_of_changes(rig)
+    assert result.snapshot is not None
+    assert result.snapshot.stats.bytes_read < 20 * 150_000
 
 
 @pytest.mark.parametrize("place", ["", "d/"])
@@ -193,6 +236,14 @@ def test_snapshots_are_what_the_tree_was(
     """In shares that several processes can run at once; each finds sequences of its own."""
     prepare(volume, monkeypatch)
     hunt(25, 100, OnBtrfs)
+
+
+def test_snapshots_are_what_the_tree_was_when_judged_early(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(volume, monkeypatch)
+    judge_early(monkeypatch)
+    hunt(15, 60, OnBtrfs)
 
 
 def test_several_subvolumes(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
-from cloudfs.backup import walk
+from cloudfs.backup import revisit, walk
+from cloudfs.backup import sync as engine
+from cloudfs.core.changelist import Changelist, DirChange
+from cloudfs.core.changes import DirTask
+from cloudfs.core.treediff import TreeDiff, Visit
+from cloudfs.source.ready import Ready
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 
@@ -53,6 +59,40 @@ def test_what_moved_keeps_its_lin_and_the_rest_is_new(rig: Rig) -> None:
     assert after[b"/a/m"] == before[b"/m"]
     assert after[b"/a/m/file2"] == before[b"/m/file2"]
     assert after[b"/a/new"] not in before.values()
+    assert not difference(rig.contents(2), contents_of_tree(rig.tree))
+    rig.repository.local.close()
+
+
+def test_the_same_where_a_changelist_names_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot have moved is handed out while the names are looked at."""
+    monkeypatch.setattr(revisit, "QUOTA", 1)
+    judged = []
+    real = TreeDiff.judge_early
+
+    def judging(self: TreeDiff, known: set[int]) -> tuple[list[DirTask], list[Visit]]:
+        tasks, visits = real(self, known)
+        judged.extend(path for _, path in visits)
+        return tasks, visits
+
+    monkeypatch.setattr(TreeDiff, "judge_early", judging)
+    before = lins(rig, 1)
+    (rig.tree / "z" / "file0").rename(rig.tree / "a" / "from-z")
+    (rig.tree / "m").rename(rig.tree / "a" / "m")
+    (rig.tree / "a" / "fresh").mkdir()
+    (rig.tree / "a" / "fresh" / "below").write_text("below")
+    changes = [
+        DirChange(b"", b"", {b"a", b"m", b"z"}),
+        DirChange(b"a", b"a", {b"from-z", b"m", b"fresh"}),
+        DirChange(b"z", b"z", {b"file0"}),
+    ]
+    ready = Ready("told", rig.settings().sources, changes=Changelist(changes))
+    monkeypatch.setattr(engine, "_ready", lambda *_: contextlib.nullcontext(ready))
+    result = rig.sync()
+    assert judged == [b"a/fresh"]
+    assert (result.moved, result.new, result.deleted) == (2, 2, 0)
+    after = lins(rig, 2)
+    assert after[b"/a/from-z"] == before[b"/z/file0"]
+    assert after[b"/a/m/file2"] == before[b"/m/file2"]
     assert not difference(rig.contents(2), contents_of_tree(rig.tree))
     rig.repository.local.close()
 

@@ -228,7 +228,7 @@ class Freezing(RuleBasedStateMachine):
         if inode is not None and inode.is_file:
             self.keep(inode, size, os.fstat(inode.fd).st_size)
             self.tree.set_attributes(inode, -1, Wanted(size=size, mode=0o600), ME)
-            self.tree.set_xattr(inode, b"trusted.x", b"%d" % size)
+            self.tree.set_xattr(inode, b"trusted.x", b"%d" % size, ME)
 
     @rule(above=NAMES, name=NAMES)
     def remove(self, above: bytes, name: bytes) -> None:

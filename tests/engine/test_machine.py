@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from cloudfs.backup import dispatch, packs, walk
+from cloudfs.backup import dispatch, packs, revisit, walk
 from cloudfs.backup.job import SyncResult
 from tests.engine.rig import Rig, contents_of_tree, difference
 
@@ -272,7 +272,8 @@ def test_snapshots_are_what_the_tree_was_when_judged_early_for_long(
 
 
 def judge_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if much appeared in every sync."""
+    """As if much appeared in every sync, and others had their turn after each directory."""
+    monkeypatch.setattr(revisit, "QUOTA", 1)
     monkeypatch.setattr(walk, "EARLY_ITEMS", 1)
     monkeypatch.setattr(walk, "EARLY_SHARE", 1_000_000)
 

@@ -66,9 +66,11 @@ SUBVOL_RDONLY = 1 << 1  # asked for when a snapshot is made
 ROOT_SUBVOL_RDONLY = 1 << 0  # and as it is told of one (linux/btrfs_tree.h)
 SEND_FLAG_NO_FILE_DATA = 1 << 0
 INODE_ITEM_KEY = 1  # the type of what a tree holds of an inode itself
-INODE_CHANGED_AT = 8  # where struct btrfs_inode_item says which transaction last changed it
 
-_TRANSACTION = struct.Struct("=Q")
+INODE_ITEM = struct.Struct("=QQQ28xI")
+"""The beginning of struct btrfs_inode_item: the transaction that made an inode, the one that last
+changed it, its size, its mode."""
+
 _SEARCHED_BYTES = 1 << 16  # what one search may give
 _GREATEST = (1 << 64) - 1
 _LAST_INODE = _GREATEST - 256
@@ -137,7 +139,16 @@ def _path(fd: int, number: int, directory: int) -> bytes:
     return bytes(path.partition(b"\0")[0] + name.partition(b"\0")[0])
 
 
-def inodes_since(path: bytes, transaction: int) -> Iterator[list[int]]:
+class ChangedInode(NamedTuple):
+    """An inode as a subvolume's tree has it; ``made`` is the transaction that made it."""
+
+    number: int
+    made: int
+    size: int
+    mode: int
+
+
+def inodes_since(path: bytes, transaction: int) -> Iterator[list[ChangedInode]]:
     """The inodes of a subvolume that were changed after a transaction, search by search. Raises
     OSError.
 
@@ -160,7 +171,7 @@ def inodes_since(path: bytes, transaction: int) -> Iterator[list[int]]:
             inode = last + 1  # its inode item comes before all else of it
 
 
-def _changed_inodes(answer: bytearray, transaction: int) -> tuple[list[int], int | None]:
+def _changed_inodes(answer: bytearray, transaction: int) -> tuple[list[ChangedInode], int | None]:
     """The inodes that a search found, and the last object that it saw anything of."""
     found, last = [], None
     place = SEARCH_ARGS_V2.size
@@ -168,9 +179,9 @@ def _changed_inodes(answer: bytearray, transaction: int) -> tuple[list[int], int
         _, last, _, kind, size = SEARCH_HEADER.unpack_from(answer, place)
         place += SEARCH_HEADER.size
         if kind == INODE_ITEM_KEY:
-            (changed,) = _TRANSACTION.unpack_from(answer, place + INODE_CHANGED_AT)
+            made, changed, inode_bytes, mode = INODE_ITEM.unpack_from(answer, place)
             if changed > transaction:
-                found.append(last)
+                found.append(ChangedInode(last, made, inode_bytes, mode))
         place += size
     return found, last
 

@@ -21,11 +21,13 @@ _MAKING = frozenset(
 _REMOVING = frozenset((Kind.UNLINK, Kind.RMDIR))
 _WRITING = frozenset((Kind.UPDATE_EXTENT, Kind.CLONE, Kind.FALLOCATE))
 _ALL: Range = (0, 1 << 63)
+_WHOLE = [_ALL]
+"""The ranges of what is new. Never changed: what is written to it is within them."""
 _ABOUT_ALL = frozenset((Kind.SUBVOL, Kind.SNAPSHOT))
 
 
 class _Node:
-    """An item under one of its names."""
+    """An item under one of its names. Of very many, most have no children and lose no names."""
 
     __slots__ = ("children", "gone", "name", "origin", "parent", "ranges", "touched")
 
@@ -33,10 +35,28 @@ class _Node:
         self.name = name
         self.parent = parent
         self.origin = origin  # None: it was not in the older snapshot
-        self.children: dict[bytes, _Node] = {}
-        self.gone: set[bytes] = set()  # names that no longer are what they were
+        self.children: dict[bytes, _Node] | None = None
+        self.gone: set[bytes] | None = None  # names that no longer are what they were
         self.touched = False
-        self.ranges: list[Range] = []
+        self.ranges: list[Range] | None = None
+
+    def child(self, name: bytes) -> _Node | None:
+        """The child of a name, if it was made."""
+        return self.children.get(name) if self.children is not None else None
+
+    def put(self, child: _Node) -> None:
+        """Let a child have its name in this one."""
+        if self.children is None:
+            self.children = {}
+        self.children[child.name] = child
+
+    def lose(self, name: bytes) -> None:
+        """Let a child be taken away."""
+        assert self.children is not None
+        del self.children[name]
+        if self.gone is None:
+            self.gone = set()
+        self.gone.add(name)
 
 
 class Replay:
@@ -70,10 +90,12 @@ class Replay:
             return
         if kind in _MAKING:
             made = self._place(command.path, _Node(b"", None, None))
-            made.ranges = [_ALL]  # what it has no extents for is not what was there before
+            made.ranges = _WHOLE  # what it has no extents for is not what was there before
             if kind == Kind.LINK:
                 linked = self._find(command.other)
                 linked.touched = True
+                if linked.ranges is None:
+                    linked.ranges = []
                 made.ranges = linked.ranges  # one file under two names
         elif kind == Kind.RENAME:
             self._place(command.other, self._take(command.path))
@@ -82,18 +104,21 @@ class Replay:
         else:
             node = self._find(command.path)
             node.touched = True
-            if kind in _WRITING:
+            if kind in _WRITING and node.ranges is not _WHOLE:
+                if node.ranges is None:
+                    node.ranges = []
                 node.ranges.append((command.offset, command.offset + command.size))
 
     def _find(self, path: bytes) -> _Node:
         """The node at a path of this moment; made where the older snapshot must have it."""
         node = self._root
         for name in path.split(b"/") if path else ():
-            child = node.children.get(name)
+            child = node.child(name)
             if child is None:
-                if node.origin is None or name in node.gone:
+                if node.origin is None or (node.gone is not None and name in node.gone):
                     raise SourceError(f"btrfs told of {path!r}, which cannot be there.")
-                child = node.children[name] = _Node(name, node, _join(node.origin, name))
+                child = _Node(name, node, _join(node.origin, name))
+                node.put(child)
             node = child
         return node
 
@@ -102,8 +127,7 @@ class Replay:
         node = self._find(path)
         if node.parent is None:
             raise SourceError("btrfs told of a change of the subvolume's own name.")
-        del node.parent.children[node.name]
-        node.parent.gone.add(node.name)
+        node.parent.lose(node.name)
         return node
 
     def _place(self, path: bytes, node: _Node) -> _Node:
@@ -112,7 +136,7 @@ class Replay:
         if not name:
             raise SourceError("btrfs told of an item without a name.")
         node.name, node.parent, node.touched = name, parent, True
-        parent.children[name] = node
+        parent.put(node)
         return node
 
     # -- the end -------------------------------------------------------------------------------
@@ -123,12 +147,14 @@ class Replay:
         waiting = [(b"", self._root)]
         while waiting:
             path, node = waiting.pop()
-            touched = [child for child in node.children.values() if child.touched]
-            if node.origin is not None and (touched or node.gone):
-                names = node.gone.union(child.name for child in touched)
+            children = node.children or {}
+            touched = [child for child in children.values() if child.touched]
+            gone = node.gone or set()
+            if node.origin is not None and (touched or gone):
+                names = gone.union(child.name for child in touched)
                 ranges = {child.name: merged(child.ranges) for child in touched if child.ranges}
                 found.append(DirChange(path, node.origin, names, ranges))
-            waiting.extend((_join(path, name), child) for name, child in node.children.items())
+            waiting.extend((_join(path, name), child) for name, child in children.items())
         return Changelist(sorted(found, key=lambda change: change.path))
 
 

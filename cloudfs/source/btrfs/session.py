@@ -5,18 +5,22 @@
 2. If the last sync's snapshots are still there, untouched, and belong to the snapshot that the
    local state is at, what changed since is asked of the kernel. In all other cases the sync scans
    the new snapshots, and says why.
-3. After the commit the new snapshots become the base and the old ones are deleted. A sync that
+3. But the kernel takes long to tell of each, so first it is counted how many inodes are younger
+   than the base, which costs next to nothing. Where these are much of all there are, looking at
+   all costs less than being told, and the sync scans.
+4. After the commit the new snapshots become the base and the old ones are deleted. A sync that
    fails deletes its own; what a killed one left is deleted by the next.
-4. Between two syncs the base can be judged by the same rules, without a snapshot; which inodes are
+5. Between two syncs the base can be judged by the same rules, without a snapshot; which inodes are
    younger than it is counted in the file system's own tree.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,12 +29,22 @@ from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.source.btrfs import subvolume
+from cloudfs.source.btrfs.subvolume import Changed
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import HOLDING, root_names
 from cloudfs.source.state import SourceState, scanning
 
 ENOUGH = 100_000
 """So many changes are counted for those who only ask; a sync has no such bound."""
+
+MUCH = 2000
+MUCH_SHARE = 16
+"""When so many inodes changed, and one for so many items on record, the tree is scanned. To be told
+of one takes as long as to look at some sixteen items."""
+
+KEPT_BYTES = 8 << 10
+"""But only if the files that were there before, of which a scan reads all and a changelist says
+which bytes to read, if any, hold no more than this for each inode that changed."""
 
 Excludes = Callable[[bytes], bool]
 
@@ -67,9 +81,9 @@ class BtrfsSource:
         self._names = root_names(sources) if len(sources) > 1 else [b""]
 
     @contextlib.contextmanager
-    def ready(self, snapshot: int, taken_ns: int) -> Iterator[Ready]:
+    def ready(self, snapshot: int, taken_ns: int, items: int) -> Iterator[Ready]:
         """Snapshots of the sources, and what changed since the snapshot of the repository that the
-        local state is at (0: at none): its number and time."""
+        local state is at (0: at none): its number, time and number of items."""
         base = self._read_note()
         self._clean({held.place for held in base.held})
         taken: list[_Held] = []
@@ -97,7 +111,7 @@ class BtrfsSource:
             found.intact = lambda: _check_intact(taken)
             found.stable_inodes = len(taken) == 1  # each subvolume has numbers of its own
             try:
-                found.changes = self._changes(base, taken, snapshot, taken_ns)
+                found.changes = self._changes(base, taken, snapshot, taken_ns, items)
             except SourceError as error:
                 found.notes.append(f"the snapshot is scanned: {error}")
             yield found
@@ -160,15 +174,16 @@ class BtrfsSource:
     # -- what changed --------------------------------------------------------------------------
 
     def _changes(
-        self, base: _Bases, taken: list[_Held], snapshot: int, taken_ns: int
+        self, base: _Bases, taken: list[_Held], snapshot: int, taken_ns: int, items: int
     ) -> Changelist | None:
         """What changed since the base; None before the first. Raises SourceError with the reason
-        where that cannot be known."""
+        where that cannot be known, or costs more to know than a scan."""
         if not base.held or not snapshot:
             return None
         live = {held.path: held.parent_uuid for held in taken}
         before = {held.path: held for held in base.held}
         _check_base(base, live, snapshot, taken_ns)
+        _check_worth((self._count(new.place, before[new.path]) for new in taken), items)
         found = Changelist()
         for new in taken:
             mounted = _mounted_in(new.path, before)
@@ -188,9 +203,9 @@ class BtrfsSource:
 
     # -- between two syncs ---------------------------------------------------------------------
 
-    def state(self, snapshot: int, taken_ns: int) -> SourceState:
-        """What the next sync would go by, if the last snapshot is this one. What changed is counted
-        as far as the file system has written it out."""
+    def state(self, snapshot: int, taken_ns: int, items: int) -> SourceState:
+        """What the next sync would go by, if the last snapshot is this one, of so many items. What
+        changed is counted as far as the file system has written it out."""
         base = self._read_note()
         if not base.held:
             return scanning("btrfs", "there is no btrfs snapshot to count from")
@@ -198,9 +213,11 @@ class BtrfsSource:
             live = self._live()
             uuids = {path: subvolume.identity(place).uuid for path, place in live.items()}
             _check_base(base, uuids, snapshot, taken_ns)
-            count = sum(self._count(live[held.path], held) for held in base.held)
+            counted = [self._count(live[held.path], held, ENOUGH) for held in base.held]
+            _check_worth(counted, items)
         except SourceError as error:
             return scanning("btrfs", str(error).rstrip("."))
+        count = sum(found.inodes for found in counted)
         return SourceState("btrfs", True, "", min(count, ENOUGH), "item", count >= ENOUGH)
 
     def _live(self) -> dict[bytes, bytes]:
@@ -211,12 +228,12 @@ class BtrfsSource:
             for path in self._paths(source)
         }
 
-    def _count(self, place: bytes, held: _Held) -> int:
-        """How many items of a subvolume are younger than a snapshot of it."""
+    def _count(self, place: bytes, held: _Held, enough: int | None = None) -> Changed:
+        """What of a subvolume is younger than a snapshot of it."""
         apart = []
         with contextlib.suppress(OSError):  # which changes when a base is deleted
             apart.append(os.lstat(os.path.join(place, HOLDING)).st_ino)
-        return subvolume.count_changed(place, subvolume.identity(held.place).made, ENOUGH, apart)
+        return subvolume.count_changed(place, subvolume.identity(held.place).made, enough, apart)
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -247,6 +264,14 @@ def _check_base(base: _Bases, live: dict[bytes, str], snapshot: int, taken_ns: i
     if before != live:
         raise SourceError("another subvolume took the place of one.")
     _check_untouched(base.held)
+
+
+def _check_worth(counted: Iterable[Changed], items: int) -> None:
+    """Raise SourceError where it costs less to look at all ``items`` of the last snapshot, and at
+    what came since, than to be told of each change."""
+    inodes, kept_bytes = functools.reduce(Changed.plus, counted, Changed())
+    if inodes >= max(MUCH, items // MUCH_SHARE) and kept_bytes <= inodes * KEPT_BYTES:
+        raise SourceError(f"so much changed ({inodes:,} items) that this costs less.")
 
 
 def _check_untouched(base: list[_Held]) -> None:

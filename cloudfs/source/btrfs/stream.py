@@ -57,13 +57,15 @@ WITH_DATA = frozenset((Kind.WRITE, Kind.ENCODED_WRITE))
 """Commands that a stream without data does not hold."""
 
 
-class _Attribute(IntEnum):
-    SIZE = 4
-    PATH = 15
-    PATH_TO = 16
-    PATH_LINK = 17
-    FILE_OFFSET = 18
-    CLONE_LENGTH = 24
+_KINDS: dict[int, Kind] = {int(kind): kind for kind in Kind}
+
+# The attributes.
+_SIZE = 4
+_PATH = 15
+_PATH_TO = 16
+_PATH_LINK = 17
+_FILE_OFFSET = 18
+_CLONE_LENGTH = 24
 
 
 class Command(NamedTuple):
@@ -90,12 +92,9 @@ def commands(stream: IO[bytes]) -> Iterator[Command]:
         if length > MAX_COMMAND:
             raise SourceError(f"btrfs sent a command of {length:,} bytes.")
         body = _read(stream, length)
-        try:
-            kind = Kind(number)
-        except ValueError:
-            raise SourceError(
-                f"btrfs sent command {number}, which cloudfs does not know."
-            ) from None
+        kind = _KINDS.get(number)
+        if kind is None:
+            raise SourceError(f"btrfs sent command {number}, which cloudfs does not know.")
         if kind == Kind.END:
             if stream.read(1):
                 raise SourceError("btrfs sent more than it said.")
@@ -113,30 +112,30 @@ def _read(stream: IO[bytes], length: int) -> bytes:
 
 
 def _decode(kind: Kind, body: bytes) -> Command:
-    found: dict[int, bytes] = {}
-    at = 0
-    while at < len(body):
-        if at + _ATTRIBUTE.size > len(body):
+    path = other = b""
+    offset = size = 0
+    size_in = _CLONE_LENGTH if kind is Kind.CLONE else _SIZE
+    at, end = 0, len(body)
+    while at < end:
+        if at + _ATTRIBUTE.size > end:
             raise SourceError("btrfs sent an attribute that is cut.")
         number, length = _ATTRIBUTE.unpack_from(body, at)
-        at += _ATTRIBUTE.size
-        found[number] = body[at : at + length]
-        if len(found[number]) != length:
+        start = at + _ATTRIBUTE.size
+        at = start + length
+        if at > end:
             raise SourceError("btrfs sent an attribute that is cut.")
-        at += length
-    other = found.get(_Attribute.PATH_TO, found.get(_Attribute.PATH_LINK, b""))
-    size = _Attribute.CLONE_LENGTH if kind == Kind.CLONE else _Attribute.SIZE
-    return Command(
-        kind,
-        found.get(_Attribute.PATH, b""),
-        other,
-        _number(found, _Attribute.FILE_OFFSET),
-        _number(found, size),
-    )
+        if number == _PATH:
+            path = body[start:at]
+        elif number in (_PATH_TO, _PATH_LINK):
+            other = body[start:at]
+        elif number == _FILE_OFFSET:
+            offset = _number(body[start:at])
+        elif number == size_in:
+            size = _number(body[start:at])
+    return Command(kind, path, other, offset, size)
 
 
-def _number(found: dict[int, bytes], attribute: _Attribute) -> int:
-    data = found.get(attribute, bytes(8))
+def _number(data: bytes) -> int:
     if len(data) != 8:
         raise SourceError("btrfs sent a number that is none.")
     return int.from_bytes(data, "little")

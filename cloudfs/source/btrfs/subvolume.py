@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import SourceError
@@ -75,16 +77,32 @@ def changes(base: bytes, new: bytes, mounted: Sequence[bytes] = ()) -> Changelis
         return Replay().run(commands(stream), mounted)
 
 
-def count_changed(path: bytes, made: int, enough: int, apart: Collection[int] = ()) -> int:
-    """How many inodes of a subvolume changed after transaction ``made``, without those set
-    ``apart``; counting ends when it is ``enough``. Raises SourceError."""
-    count = 0
+class Changed(NamedTuple):
+    """So many inodes changed. ``kept_bytes`` is the size of the files among them that were there
+    before, of which no more than a part need be another."""
+
+    inodes: int = 0
+    kept_bytes: int = 0
+
+    def plus(self, other: Changed) -> Changed:
+        """Both together."""
+        return Changed(self.inodes + other.inodes, self.kept_bytes + other.kept_bytes)
+
+
+def count_changed(
+    path: bytes, made: int, enough: int | None = None, apart: Collection[int] = ()
+) -> Changed:
+    """What changed in a subvolume after transaction ``made``, without the inodes set ``apart``;
+    counting ends when it is ``enough``. Raises SourceError."""
+    found = Changed()
     with _told("count what changed in", path):
         for inodes in ioctl.inodes_since(path, made):
-            count += sum(inode not in apart for inode in inodes)
-            if count >= enough:
+            told = [inode for inode in inodes if inode.number not in apart]
+            kept = (i.size for i in told if i.made <= made and stat.S_ISREG(i.mode))
+            found = found.plus(Changed(len(told), sum(kept)))
+            if enough is not None and found.inodes >= enough:
                 break
-    return count
+    return found
 
 
 @contextlib.contextmanager
