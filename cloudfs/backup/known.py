@@ -96,6 +96,17 @@ class Known:
             lin = meta.parent
         return b"/".join(reversed(parts))
 
+    def above(self, lin: int, moved: Mapping[int, bytes]) -> list[int]:
+        """A directory and those above it, from below the root (or what moved) down to itself."""
+        found: list[int] = []
+        while lin != ROOT_LIN:
+            found.append(lin)
+            meta = self._view.meta(lin)
+            if lin in moved or meta is None:
+                break
+            lin = meta.parent
+        return found[::-1]
+
     def _name(self, parent: int, lin: int) -> bytes | None:
         record = self._state.record(parent)
         found = record.subdirs if record is not None else []

@@ -51,6 +51,7 @@ class Revisit(Walk):
         self._known_names = Known(self._state, self._view, self._same_directory)
         self._taken: set[int] = set()
         self._moved: dict[int, bytes] = {}  # where directories that moved are now
+        self._stands: dict[tuple[int, bytes], bool] = {}
         if self._roots.many:
             self._visit_top()
         if changes.inodes is not None:
@@ -63,6 +64,7 @@ class Revisit(Walk):
             _either(lin, todo, further).whole = True
         for lin, change in todo.items():
             self._revisit(lin, change)
+            self._suspect(lin, change, further)
             self._take_turns()
         self._settle(scan_parts, quota)
         looked_at = set(changes.inodes or ())
@@ -70,10 +72,11 @@ class Revisit(Walk):
             for inode in self._linked() - looked_at:
                 looked_at.add(inode)
                 self._add_names(inode, {}, further)
+            later: dict[int, DirChange] = {}
             for lin, change in further.items():
-                self._revisit_further(lin, change)
+                self._revisit_further(lin, change, later)
                 self._take_turns()
-            further = {}
+            further = later
             self._settle(scan_parts, quota)
         self._finish()
 
@@ -151,19 +154,45 @@ class Revisit(Walk):
         doubtful = sorted({*doubtful, *named})
         return msgspec.structs.replace(record, doubtful=doubtful, signature=b"")
 
-    def _revisit_further(self, lin: int, change: DirChange) -> None:
+    def _suspect(self, lin: int, change: DirChange, further: dict[int, DirChange]) -> None:
+        """See rule 5, for the directories among the names that were looked at."""
+        record = self._state.record(lin)
+        for name, below in record.subdirs if record is not None else ():
+            if change.whole or name in change.names:
+                path = change.path + b"/" + name if change.path else name
+                if not self._same(below, path):
+                    further.setdefault(below, DirChange(b"", None))
+
+    def _revisit_further(self, lin: int, change: DirChange, later: dict[int, DirChange]) -> None:
         """Look at names in a directory that the changelist does not name itself."""
         if (lin == ROOT_LIN and self._roots.many) or lin in self._taken:
             return
         path = self._known_names.path(lin, self._moved)
         if path is None or self._scanner.leaves_out(path):
             return  # not in the last snapshot: what is above it is looked at whole
-        if not path or self._same_directory(lin, path):
-            change.path = path
-            self._revisit(lin, change)
-        elif lin not in self.diff.vanished_directories():
-            self.errors.append((path, "could not be opened"))
-            self._unread(lin)
+        above = self._known_names.above(lin, self._moved)
+        if not self.diff.vanished_directories().isdisjoint(above):
+            return  # gone, or with one above it
+        for at in above:
+            place = self._known_names.path(at, self._moved)
+            if place and not self._same(at, place):
+                if at in self._taken:
+                    self.errors.append((path, "could not be opened"))
+                    self._unread(lin)
+                    return
+                self._revisit(at, DirChange(place, None, whole=True))
+                if at != lin:
+                    later[lin] = change
+                return
+        change.path = path
+        self._revisit(lin, change)
+
+    def _same(self, lin: int, path: bytes) -> bool:
+        """Whether the directory on record stands at a path; asked of each once."""
+        found = self._stands.get((lin, path))
+        if found is None:
+            found = self._stands[lin, path] = self._same_directory(lin, path)
+        return found
 
     def _settle(self, scan_parts: ScanParts, quota: int) -> None:
         """Judge what appeared, and visit what is new, until nothing is left to visit."""

@@ -315,6 +315,25 @@ def test_an_inode_number_that_is_used_again(watched: Watched) -> None:
     heard(watched)
 
 
+def test_an_empty_directory_with_the_number_of_a_full_one(watched: Watched) -> None:
+    """Nothing is told of what was in a directory that is gone."""
+    place, again = watched.tree / "place", 0
+    for turn in range(10):
+        (place / "within").mkdir(parents=True)
+        for directory in (place, place / "within"):
+            (directory / "file").write_text(f"{turn}")
+        settle(watched) if not turn else heard(watched)
+        number = place.stat().st_ino
+        shutil.rmtree(place)
+        place.mkdir()
+        again += place.stat().st_ino == number
+        heard(watched)
+        place.rmdir()
+        if again:
+            break
+    assert again or watched.tree.parent.parent.name == "xfs", "the number was not used again"
+
+
 def test_a_sync_that_fails_forgets_nothing(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
