@@ -24,6 +24,8 @@ def file_system(base: Path, kind: str, size: int = 400 << 20) -> Iterator[Path]:
     place.mkdir()
     run(*MAKE[kind], image)
     run("mount", "-o", "loop", image, place)
+    # So that it is unmounted in the mount namespaces of live mounts of other tests as well.
+    run("mount", "--make-shared", place)
     try:
         yield place
     finally:
