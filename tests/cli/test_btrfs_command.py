@@ -87,7 +87,7 @@ def test_how_it_stands(synced: Machine, tree: Path) -> None:
         "3 items",
         "btrfs, complete",
     )  # with the directory of the new one
-    (found,) = synced.run("status", "--json").objects
+    found = synced.run("status", "--json").objects[0]
     assert (found["source_complete"], found["source_reason"]) == (True, None)
     assert (found["changes_since"], found["changes_unit"]) == (3, "item")
     assert "Snapshot 2" in synced.run("sync", "vol").out

@@ -98,7 +98,7 @@ def test_how_it_stands(synced: Machine, fs: Path, tree: Path) -> None:
     """Said without running a command."""
     before = sorted(os.listdir(fs))
     assert synced.source_state() == ("not known", "external, complete")
-    (found,) = synced.run("status", "--json").objects
+    found = synced.run("status", "--json").objects[0]
     assert (found["source_complete"], found["changes_since"]) == (True, None)
     synced.run("policy", "set", "ext", "--external-snapshot", "false")
     reason = "external, next sync scans: the policy's commands or sources are others"

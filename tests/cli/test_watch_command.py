@@ -105,7 +105,7 @@ def test_how_it_stands(watched: Machine, tree: Path) -> None:
     for number in range(5):
         (tree / "docs" / f"{number}").write_text("changed")
     assert watched.source_state() == ("5 names", "watch, complete")
-    (found,) = watched.run("status", "--json").objects
+    found = watched.run("status", "--json").objects[0]
     assert (found["source"], found["source_complete"], found["source_reason"]) == (
         "watch", True, None
     )  # fmt: skip
@@ -120,7 +120,7 @@ def test_how_it_stands(watched: Machine, tree: Path) -> None:
     assert watched.source_state() == (
         "not known (scan)", "watch, next sync scans: no daemon watches it"
     )  # fmt: skip
-    (found,) = watched.run("status", "--json").objects
+    found = watched.run("status", "--json").objects[0]
     assert (found["source_complete"], found["changes_since"]) == (False, None)
     assert found["source_reason"] == "no daemon watches it"
     watched.run("watch", "home")
