@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 
 import pyfuse3
@@ -21,7 +20,7 @@ import trio
 
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.job import MountJob, job_of
-from cloudfs.fuse.mounting import GRACE_S, init, raise_read_ahead
+from cloudfs.fuse.mounting import end_on_signal, init, raise_read_ahead
 from cloudfs.fuse.opening import open_view
 from cloudfs.fuse.patience import PatientStore
 from cloudfs.fuse.view import View
@@ -49,7 +48,7 @@ def _options(url: str, *, allow_other: bool) -> set[str]:
 async def _run(view: View, store: PatientStore, path: str, ready: Callable[[], None]) -> None:
     store.refuse_here()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_end_on_signal, nursery)
+        nursery.start_soon(end_on_signal, nursery)
         nursery.start_soon(_announce, path, ready)
         await view.serve()
         nursery.cancel_scope.cancel()
@@ -60,11 +59,3 @@ async def _announce(path: str, ready: Callable[[], None]) -> None:
     await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
     raise_read_ahead(places.device_of(path))
     ready()
-
-
-async def _end_on_signal(nursery: trio.Nursery) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
-        async for _ in received:
-            pyfuse3.terminate()
-            await trio.sleep(GRACE_S)
-            nursery.cancel_scope.cancel()

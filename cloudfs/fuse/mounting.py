@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyfuse3
+import trio
 
 from cloudfs.core.errors import CloudfsError
 
@@ -55,3 +57,12 @@ def raise_read_ahead(device: str | None) -> None:
         return
     with contextlib.suppress(OSError):
         Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+
+
+async def end_on_signal(nursery: trio.Nursery) -> None:
+    """Unmount when told to stop, and give open questions a little time."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        async for _ in received:
+            pyfuse3.terminate()
+            await trio.sleep(GRACE_S)
+            nursery.cancel_scope.cancel()

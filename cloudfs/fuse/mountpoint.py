@@ -61,6 +61,12 @@ def mountpoints() -> list[str]:
     ]
 
 
+def all_mountpoints() -> list[str]:
+    """Where anything at all is mounted, oldest first."""
+    lines = MOUNTINFO.read_bytes().splitlines()
+    return [os.fsdecode(_unescape(line.split(b" ")[4])) for line in lines]
+
+
 def _unescape(field: bytes) -> bytes:
     return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field)
 

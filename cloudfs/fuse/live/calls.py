@@ -128,8 +128,8 @@ def leave_mount(path: str, others: Iterable[str] = ()) -> None:
 
     So nothing that it opens by a path (its log, its state) can lead to a question that only it
     could answer. Mounts that others make are still seen where mounts are shared. Where they are
-    not, those that are there now stay here after they were unmounted: ``others`` are left too,
-    since their processes would not end. Call it before there are threads. Raises OSError.
+    not, those that are there now stay here after they were unmounted: ``others`` are left too.
+    Call it before there are threads. Raises OSError.
     """
     if (
         _libc.unshare(_CLONE_NEWNS)

@@ -16,8 +16,9 @@ import errno
 import fcntl
 import gc
 import os
-import signal
 import socket
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,9 +37,12 @@ from cloudfs.fuse.live.job import LiveJob
 from cloudfs.fuse.live.operations import LiveMount
 from cloudfs.fuse.live.tracking import Tracker
 from cloudfs.fuse.live.tree import LiveTree
-from cloudfs.fuse.mounting import GRACE_S, init, raise_read_ahead
+from cloudfs.fuse.mounting import end_on_signal, init, raise_read_ahead
 from cloudfs.source.inode import StatReader
 from cloudfs.source.live.protocol import LOCK, MARKS, SOCKET
+
+_SYSTEM = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/lib")
+"""Below these lies what programs and libraries look for."""
 
 SPARE_FILES = 1024
 """Descriptors that are left for open files, at the least, when many items are known."""
@@ -78,13 +82,14 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         source=os.fsencode(job.source),
     )
     place = _beside(directory) if covered else job.mountpoint
+    useless = _elsewhere(job)  # before there is a mount that looking there could lead to
     init(mount, place, _options(job))
     device = places.device_of(place) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
         if covered and not calls.replace_mount(place, job.mountpoint):
             covered = ""
-        calls.leave_mount(job.mountpoint, _elsewhere(job))
+        calls.leave_mount(job.mountpoint, useless)
         inodes.enter(_open_source(job.source))
         tracker.begin(boot_id(), _identity(inodes.root.fd), device, covered)
         if not job.tracking:
@@ -133,7 +138,7 @@ async def _run(
     ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_end_on_signal, nursery)
+        nursery.start_soon(end_on_signal, nursery)
         nursery.start_soon(control.serve, listener)
         nursery.start_soon(_announce, device, ready)
         await mount.serve(nursery)
@@ -145,14 +150,6 @@ async def _announce(device: str, ready: Callable[[], None]) -> None:
     await trio.lowlevel.checkpoint()
     raise_read_ahead(device)
     ready()
-
-
-async def _end_on_signal(nursery: trio.Nursery) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
-        async for _ in received:
-            pyfuse3.terminate()
-            await trio.sleep(GRACE_S)
-            nursery.cancel_scope.cancel()
 
 
 def _lock(directory: Path, job: LiveJob) -> int:
@@ -206,10 +203,26 @@ def _beside(directory: Path) -> str:
 
 
 def _elsewhere(job: LiveJob) -> list[str]:
-    """Where other cloudfs mounts are, newest first, but for those within the source."""
-    within = job.source.rstrip("/") + "/"
-    found = reversed(places.mountpoints())
-    return [path for path in found if path != job.mountpoint and not path.startswith(within)]
+    """The mounts of the machine that this process has no use for, newest first.
+
+    Held by its namespace, they would stay after they were unmounted: a file system would be busy
+    for as long as the live mount is there, and the process of another mount would not end.
+    """
+    wanted = [job.source, str(job.directory), sys.prefix, sys.base_prefix, *sys.path, *_SYSTEM]
+    wanted += [os.path.expanduser("~"), tempfile.gettempdir()]
+    if job.log_file is not None:
+        wanted.append(str(job.log_file))
+    if job.backups is not None:
+        given = job.backups.opening
+        wanted += [str(given.cache_dir), str(given.state_dir), given.url.removeprefix("file://")]
+    paths = [os.path.realpath(path) + "/" for path in wanted if path.startswith("/")]
+    whole = tuple(os.path.realpath(path) + "/" for path in (job.source, *_SYSTEM))
+    return [
+        place
+        for place in reversed(places.all_mountpoints())
+        if not (place + "/").startswith(whole)
+        and not any(path.startswith(place.rstrip("/") + "/") for path in paths)
+    ]
 
 
 def _open_source(source: str) -> int:
