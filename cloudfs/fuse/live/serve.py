@@ -41,8 +41,8 @@ from cloudfs.fuse.mounting import end_on_signal, init, raise_read_ahead
 from cloudfs.source.inode import StatReader
 from cloudfs.source.live.protocol import LOCK, MARKS, SOCKET
 
-_SYSTEM = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/lib")
-"""Below these lies what programs and libraries look for."""
+_SYSTEM = ("/proc", "/sys", "/run", "/etc", "/usr", "/lib")
+"""Below these lies what programs and libraries look for, on whatever mounts."""
 
 SPARE_FILES = 1024
 """Descriptors that are left for open files, at the least, when many items are known."""
@@ -209,7 +209,7 @@ def _elsewhere(job: LiveJob) -> list[str]:
     for as long as the live mount is there, and the process of another mount would not end.
     """
     wanted = [job.source, str(job.directory), sys.prefix, sys.base_prefix, *sys.path, *_SYSTEM]
-    wanted += [os.path.expanduser("~"), tempfile.gettempdir()]
+    wanted += [os.path.expanduser("~"), tempfile.gettempdir(), "/dev/fuse", "/dev/shm"]
     if job.log_file is not None:
         wanted.append(str(job.log_file))
     if job.backups is not None:
