@@ -97,7 +97,10 @@ def _check_places(app: App, tree: str) -> None:
 def _check_mountpoint(source: str, mountpoint: str) -> None:
     from cloudfs.fuse import mountpoint as places
 
-    dead = any(m.mountpoint == mountpoint and m.live and not m.alive for m in places.mounts())
+    dead = any(
+        mounted.mountpoint == mountpoint and mounted.live and mounted.health() is places.Health.DEAD
+        for mounted in places.mounts()
+    )
     if mountpoint != source and not dead:
         places.check(mountpoint)
         if os.path.commonpath([source, mountpoint]) == source:

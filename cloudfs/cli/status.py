@@ -18,7 +18,7 @@ from cloudfs.cli.errors import explain
 from cloudfs.cli.output import quote_path
 from cloudfs.core import human
 from cloudfs.core.errors import CloudfsError
-from cloudfs.fuse.mountpoint import mounts
+from cloudfs.fuse.mountpoint import Health, mounts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,9 +117,10 @@ def _foreseen(app: App, place: Place, history: History) -> SourceState:
 
 def _shown(mounted: Mounted) -> str:
     path = quote_path(os.fsencode(mounted.mountpoint))
-    if not mounted.alive:
-        return f"{path} (its process is gone)"
-    return f"{path} (live)" if mounted.live else path
+    health = mounted.health()
+    if health is Health.ALIVE:
+        return f"{path} (live)" if mounted.live else path
+    return f"{path} ({'its process is gone' if health is Health.DEAD else 'it does not answer'})"
 
 
 def _is_syncing(history: History) -> bool:

@@ -2,15 +2,18 @@
 
 A mount whose server died answers every call with ENOTCONN; it must never be taken for an empty
 directory. So nothing here looks into a mountpoint to learn whether something is mounted there:
-that stands in the kernel's list of mounts.
+that stands in the kernel's list of mounts. Nor is a mount asked anything but by who wants to know
+whether it answers: one that hangs must not keep those from their work that have none with it.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 import re
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +23,18 @@ from cloudfs.core.errors import CloudfsError, UsageError
 SUBTYPE = "cloudfs"
 LIVE_SUBTYPE = "cloudfs-live"
 _TRIES, _PAUSE_S = 4, 0.1
+ANSWER_S = 5.0
 MOUNTINFO = Path("/proc/self/mountinfo")
 _KINDS = (f"fuse.{SUBTYPE}".encode(), f"fuse.{LIVE_SUBTYPE}".encode())
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+class Health(enum.Enum):
+    """Whether a mount's server answers: it does, it is gone, or it says nothing for ANSWER_S."""
+
+    ALIVE = enum.auto()
+    DEAD = enum.auto()
+    SILENT = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,16 @@ class Mounted:
     mountpoint: str
     url: str
     device: str
-    alive: bool
     live: bool = False
+
+    def health(self) -> Health:
+        """Ask it whether it is there."""
+        found: list[Health] = []
+        # Nothing but the end of a process ends its waiting for a mount that hangs.
+        asking = threading.Thread(target=lambda: found.append(_ask(self.mountpoint)), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return found[0] if found else Health.SILENT
 
 
 def mounts() -> list[Mounted]:
@@ -47,7 +67,7 @@ def mounts() -> list[Mounted]:
             path = os.fsdecode(_unescape(fields.split(b" ")[4]))
             device = fields.split(b" ")[2].decode()
             live = kind == _KINDS[1]
-            found.append(Mounted(path, os.fsdecode(_unescape(source)), device, _alive(path), live))
+            found.append(Mounted(path, os.fsdecode(_unescape(source)), device, live))
     return found
 
 
@@ -71,12 +91,12 @@ def _unescape(field: bytes) -> bytes:
     return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field)
 
 
-def _alive(path: str) -> bool:
+def _ask(path: str) -> Health:
     try:
         os.statvfs(path)  # always asks the server; the kernel may still know what stat says
     except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
+        return Health.DEAD if error.errno == errno.ENOTCONN else Health.ALIVE
+    return Health.ALIVE
 
 
 def device_of(mountpoint: str) -> str | None:

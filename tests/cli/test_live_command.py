@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cloudfs.fuse.mountpoint import mounts
+from cloudfs.fuse.mountpoint import Health, mounts
 from tests.cli.conftest import Machine
 from tests.fuse.compare import assert_same
 
@@ -154,7 +154,7 @@ def test_a_mount_that_was_killed_is_replaced_and_its_marks_are_good(
 ) -> None:
     (tree / "before").write_text("before")
     os.kill(process_of(live, tree), signal.SIGKILL)
-    while any(m.mountpoint == str(tree) and m.alive for m in mounts()):
+    while any(m.mountpoint == str(tree) and m.health() is Health.ALIVE for m in mounts()):
         time.sleep(0.05)
     done = live.run("status", code=1)
     assert "its process is gone" in done.out

@@ -475,6 +475,30 @@ def test_nobody_goes_past_a_mount_that_takes_the_place_of_a_dead_one(rig: Living
         sync_by_marks(rig)
 
 
+def test_a_mount_that_is_killed_right_after_a_sync_is_gone_at_once(rig: Living) -> None:
+    """A process does not end, nor anybody's waiting for it, while one of its threads waits in the
+    kernel for the lock of a directory, which is held by who waits for an answer. So it has no
+    thread that could."""
+    fill(rig)
+    stop = threading.Event()
+
+    def write(writer: int) -> None:
+        while not stop.is_set():
+            path = rig.tree / f"w{writer}"
+            with contextlib.suppress(OSError):
+                path.write_bytes(b"a")
+                path.unlink()
+
+    writers = at_once(write, 2)
+    for _ in range(6):
+        rig.sync()
+        assert rig.daemon is not None
+        assert len(os.listdir(f"/proc/{rig.daemon.pid}/task")) == 1
+        rig.remount()  # fails where the process does not end
+    stop.set()
+    assert ended(writers)
+
+
 # -- two of them -----------------------------------------------------------------------------------
 
 

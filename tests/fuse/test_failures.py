@@ -45,11 +45,32 @@ def test_a_killed_server_is_not_an_empty_directory(bench: Bench, tree: Path, mnt
             with pytest.raises(OSError) as raised:
                 look(mnt)
             assert raised.value.errno == errno.ENOTCONN
-        assert [m.alive for m in places.mounts() if m.mountpoint == str(mnt)] == [False]
+        found = [m.health() for m in places.mounts() if m.mountpoint == str(mnt)]
+        assert found == [places.Health.DEAD]
         with pytest.raises(UsageError, match="mounted there already"):
             places.check(str(mnt))
         places.unmount(str(mnt))
     assert os.listdir(mnt) == []
+
+
+def test_a_mount_that_hangs_keeps_nobody_else_waiting(
+    bench: Bench, tree: Path, mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "ANSWER_S", 0.2)
+    bench.sync(tree)
+    other = tmp_path / "other"
+    with bench.mounted(mnt) as stopped:
+        os.kill(stopped.pid, signal.SIGSTOP)
+        try:
+            with bench.mounted(other) as daemon:
+                assert os.listdir(other / "latest") == ["sub"]
+                found = {m.mountpoint: m.health() for m in places.mounts()}
+                assert found[str(mnt)] is places.Health.SILENT
+                assert found[str(other)] is places.Health.ALIVE
+                places.unmount(str(other))
+                assert daemon.wait(10) == 0
+        finally:
+            os.kill(stopped.pid, signal.SIGCONT)
 
 
 def test_unmounting_ends_the_server(bench: Bench, tree: Path, mnt: Path) -> None:

@@ -235,7 +235,7 @@ def test_two_mounts_at_once(bench: Bench, tree: Path, mnt: Path, tmp_path: Path)
         assert_same(mnt / "latest", other / "latest")
         found = {mounted.mountpoint: mounted for mounted in places.mounts()}
         assert found[str(mnt)].url == bench.url
-        assert found[str(other)].alive
+        assert found[str(other)].health() is places.Health.ALIVE
     assert str(mnt) not in {mounted.mountpoint for mounted in places.mounts()}
 
 

@@ -2,7 +2,10 @@
 
 1. Only the mount's own user is answered (the kernel tells who asks).
 2. A freeze begins in one step: the epoch ends, and from the next change on everything is kept. It
-   ends with the connection that asked for it, however that comes about. There is one at a time.
+   ends when it is confirmed, or with the connection that asked for it, however that comes about.
+   There is one at a time. The kernel is not told: a process with a thread that tells it something
+   cannot be killed while that thread waits for who waits for an answer. Whoever looks at the name
+   of what was frozen finds it gone.
 3. What changed is told after the freeze, in steps between which others have their turn: it is told
    as it was then.
 4. Names of files come with what of their data can be others, so that a file that was moved and
@@ -29,12 +32,11 @@ from cloudfs.core.marks import NEVER, Blocks
 from cloudfs.db.marked import Marks
 from cloudfs.fuse.live.freeze import Freeze
 from cloudfs.fuse.live.frozen import FrozenTree
-from cloudfs.fuse.live.inodes import ROOT, Inode
+from cloudfs.fuse.live.inodes import Inode
 from cloudfs.fuse.live.operations import LiveMount
 from cloudfs.fuse.live.tracking import Tracker
 from cloudfs.fuse.live.tree import LiveTree
 from cloudfs.source.live.protocol import (
-    FROZEN_PREFIX,
     HEAD_BYTES,
     MAX_BYTES,
     Answer,
@@ -140,8 +142,6 @@ class Control:
             self._tree.freeze, self._mount.frozen.tree = None, None
             frozen.end()
             freeze.end()
-            name = FROZEN_PREFIX + b"%d" % freeze.number
-            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(ROOT), name, 0, True)
 
     def answer(self, freeze: Freeze | None, frozen_ns: int, epoch: int, error: str = "") -> Answer:
         """How it stands."""
@@ -271,6 +271,7 @@ class _Connection:
             return
         elif question.ask == "confirm" and question.base is not None and self._freeze is not None:
             control.confirm(self._epoch, question.base)
+            self._thaw()
         elif question.ask == "stop":
             pyfuse3.terminate()
         epoch = self._epoch or control.epoch
@@ -278,8 +279,12 @@ class _Connection:
 
     def close(self) -> None:
         """Rule 2."""
+        self._thaw()
+
+    def _thaw(self) -> None:
         if self._freeze is not None and self._frozen is not None:
             self._control.thaw(self._freeze, self._frozen)
+            self._freeze = self._frozen = None
 
     async def _next(self) -> Question | None:
         head = await self._receive(HEAD_BYTES)

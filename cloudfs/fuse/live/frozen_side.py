@@ -24,15 +24,19 @@ class FrozenSide:
     def __init__(self, inodes: Inodes) -> None:
         self._inodes = inodes
         self._lasting = attributes_lasting(FOREVER_S)
+        self._once = attributes_lasting(0)
         self.tree: FrozenTree | None = None
 
     def enter(self, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """The top of what is frozen, for whom the mount belongs to."""
+        """The top of what is frozen, for whom the mount belongs to. Its name is asked for anew each
+        time, so that who looks at it after the freeze makes the kernel forget all of it."""
         tree = self.tree
         wanted = name.removeprefix(FROZEN_PREFIX)
         if tree is None or wanted != b"%d" % tree.freeze.number or ctx.uid != os.geteuid():
             raise FUSEError(errno.ENOENT)
-        return self.counted(tree, self._inodes.root)
+        root = self._inodes.root
+        tree.count(root)
+        return fill(self._once, tree.number(root), tree.freeze.status(root))
 
     def counted(self, tree: FrozenTree, inode: Inode) -> EntryAttributes:
         """The attributes of an item, of which the kernel is told."""

@@ -188,7 +188,7 @@ def _dead(mountpoint: str) -> str:
     found = [mounted for mounted in places.mounts() if mounted.mountpoint == mountpoint]
     if not found:
         return ""
-    if found[-1].alive or not found[-1].live:
+    if not found[-1].live or found[-1].health() is not places.Health.DEAD:
         raise UsageError(
             f"{mountpoint}: something is mounted there already; `cloudfs umount` takes it away."
         )

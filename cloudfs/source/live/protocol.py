@@ -1,8 +1,8 @@
 """What a sync and a live mount say to each other.
 
 Messages are msgpack, each after its length in four bytes, over a Unix socket in a directory that
-only its owner may enter; the mount answers its own user and root alone. A freeze lasts as long as
-the connection that asked for it: when the sync dies, the freeze ends.
+only its owner may enter; the mount answers its own user and root alone. A freeze lasts until it is
+confirmed, or as long as the connection that asked for it: when the sync dies, the freeze ends.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Question(msgspec.Struct, frozen=True):
       was marked since the base, where that can be told.
     * "changes": all that was marked up to the freeze; answered by Directory and Item messages, and
       an End.
-    * "confirm": all up to the freeze is in the snapshot that ``base`` names.
+    * "confirm": all up to the freeze is in the snapshot that ``base`` names; the freeze ends.
     * "stop": unmount and end.
     """
 

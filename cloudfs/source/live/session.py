@@ -4,8 +4,8 @@
    there on, below a name that it gives, is one point in time, while who writes goes on.
 2. If everything since the snapshot that the local state is at was marked, the marks are the
    changelist. In all other cases what is frozen is scanned, and the reason said.
-3. After the commit the mount is told, and forgets what was marked. A sync that fails tells it
-   nothing. Either way the freeze ends with the line, even if this process is killed.
+3. After the commit the mount is told; it forgets what was marked, and the freeze ends. Where a sync
+   fails it is told nothing, and the freeze ends with the line, even if this process is killed.
 4. When nothing is mounted the source is scanned as it lies there, with a word of warning.
 """
 
@@ -93,7 +93,7 @@ class LiveSource:
             if base.snapshot:
                 found.notes.append(f"what is frozen is scanned: {reason}")
         found.intact = lambda: _still_there(line, found)
-        found.keep = lambda record: _confirm(line, record)
+        found.keep = lambda record: _confirm(line, record, top)
         return found
 
     def _check(self, answer: Answer) -> None:
@@ -143,6 +143,7 @@ def _still_there(line: Line, found: Ready) -> None:
         )
 
 
-def _confirm(line: Line, record: SnapshotRecord) -> None:
+def _confirm(line: Line, record: SnapshotRecord, top: bytes) -> None:
     with contextlib.suppress(SourceError):  # then it is gone, and the next sync scans
         line.ask(Question("confirm", Base(record.number, record.time_ns)))
+        os.access(top, os.F_OK)  # so the kernel forgets what it knows of what was frozen
