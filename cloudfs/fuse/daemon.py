@@ -45,14 +45,7 @@ class Daemon:
 
         ``environment``: its own, if not this process's; passphrases in it are left out.
         """
-        given = os.environ if environment is None else environment
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cloudfs.fuse.daemon"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env={name: value for name, value in given.items() if not name.startswith(SECRETS)},
-        )
+        self._process = _spawn(os.environ if environment is None else environment)
 
     @property
     def pid(self) -> int:
@@ -96,6 +89,16 @@ class Daemon:
     def wait(self, timeout_s: float | None = None) -> int:
         """Wait until the mount has ended; its exit code."""
         return self._process.wait(timeout_s)
+
+
+def _spawn(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "cloudfs.fuse.daemon"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env={name: value for name, value in environment.items() if not name.startswith(SECRETS)},
+    )
 
 
 def log_to(job: MountJob | LiveJob) -> None:

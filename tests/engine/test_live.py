@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from cloudfs.backup import dispatch, packs
 from cloudfs.backup.attempt import Attempt
+from cloudfs.fuse import daemon
 from cloudfs.source.live.session import LiveSource
-from tests.engine import btrfs, loops
+from tests.engine import btrfs, forked, loops
 from tests.engine.hands import OPERATIONS, Hands, Operation
 from tests.engine.living import Living
 from tests.engine.rig import contents_of_tree, difference
@@ -244,6 +245,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     meanwhile = Meanwhile()
     meanwhile.install(monkeypatch)
     monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
+    monkeypatch.setattr(daemon, "_spawn", forked.live)
     monkeypatch.setattr(OnLive, "meanwhile", meanwhile, raising=False)
     with file_system(request.param) as place:
         monkeypatch.setattr(OnLive, "volume", place, raising=False)
@@ -252,7 +254,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("machine")
 def test_snapshots_are_what_the_tree_was() -> None:
-    hunt(4, 40, OnLive)
+    hunt(25, 100, OnLive)
 
 
 @pytest.mark.long

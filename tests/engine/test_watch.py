@@ -19,6 +19,7 @@ from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
 from cloudfs.source.inode import FICLONE
 from cloudfs.source.watch import start
+from tests.engine import forked
 from tests.engine.test_machine import PLACES, SEEDS, SIZES, Tree, hunt
 from tests.engine.watched import Watched
 
@@ -93,7 +94,7 @@ class OnWatch(Tree):
     def restart_daemon(self, graceful: bool) -> None:
         if graceful and self.rig.daemon:
             start.stop(self.rig.place)
-            os.waitpid(self.rig.daemon, 0)
+            forked.wait(self.rig.daemon)
             self.rig.daemon = 0
         self.rig.kill()
         self.rig.start()
@@ -135,6 +136,7 @@ class OnWatch(Tree):
 
 def prepare(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let frames end everywhere, and the machine work on this file system."""
+    monkeypatch.setattr(start, "_spawn", forked.watch)
     monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
     monkeypatch.setattr(OnWatch, "volume", volume, raising=False)
 

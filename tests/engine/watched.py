@@ -10,6 +10,7 @@ import msgspec
 
 from cloudfs.source.watch import client, start
 from cloudfs.source.watch.protocol import Answer, Question
+from tests.engine import forked
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 
@@ -33,7 +34,7 @@ class Watched(Rig):
         """Kill the daemon, if there is one, as the kernel would."""
         if self.daemon:
             os.kill(self.daemon, signal.SIGKILL)
-            os.waitpid(self.daemon, 0)
+            forked.wait(self.daemon)
             self.daemon = 0
 
     def state(self) -> Answer:

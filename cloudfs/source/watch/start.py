@@ -38,14 +38,7 @@ def _check(places: Places) -> None:
 
 def start(job: WatchJob) -> int:
     """Start a daemon and return its process id when it listens. Raises SourceError."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "cloudfs.source.watch.daemon"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        cwd="/",
-        env={name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)},
-    )
+    process = _spawn()
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(msgspec.json.encode(job))
@@ -60,6 +53,17 @@ def start(job: WatchJob) -> int:
         process.wait()
         raise SourceError(error)
     return process.pid
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "cloudfs.source.watch.daemon"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+        env={name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)},
+    )
 
 
 def serve(job: WatchJob, announce: Callable[[], None]) -> None:
