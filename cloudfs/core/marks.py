@@ -36,6 +36,13 @@ class Blocks:
             return self.groups.get(group, 0) & wanted == wanted
         return all(self.covers(*part) for part in _by_group(first, last))
 
+    def touches(self, first: int, last: int) -> bool:
+        """Whether any of the blocks from ``first`` to ``last`` is in the set."""
+        return last >= self.tail or any(
+            self.groups.get(start >> 10, 0) >> (start & 1023) & ((2 << (end - start)) - 1)
+            for start, end in _by_group(first, last)
+        )
+
     def add(self, first: int, last: int) -> list[int]:
         """Add the blocks from ``first`` to ``last``; returns the groups that were changed."""
         changed = []

@@ -169,6 +169,8 @@ class Scanner:
             entries = [] if foreign else _list(fd, dev, mask, refused)
             if self.roots.beneath is not None and root_fd == self.roots.beneath.fd:
                 self._check_beneath(self.roots.beneath, fd, dev, entries)
+                if not inode:
+                    self._check_way(self.roots.beneath, fd, path)
             if refused:
                 self._refuse(path, entries, refused, record)
             if not below:
@@ -196,6 +198,16 @@ class Scanner:
         if dev != beneath.device or any(entry[-1] or entry[2] >= OTHERS for entry in entries):
             raise TouchedSince
         beneath.check([os.fstat(fd).st_ino, *(entry[2] for entry in entries)])
+
+    def _check_way(self, beneath: Beneath, fd: int, path: bytes) -> None:
+        """Raise TouchedSince where the path of an open directory led to another one when the tree
+        was frozen. One that was in the tree then is held by the mount, so nothing that was made
+        since has its number."""
+        if beneath.way_touched(fd, path):
+            root_fd, below = self.roots.fd_of(path)
+            frozen = os.stat(below or b".", dir_fd=root_fd, follow_symlinks=False)
+            if frozen.st_ino & self._mask != os.fstat(fd).st_ino:
+                raise TouchedSince
 
     def _refuse(
         self,

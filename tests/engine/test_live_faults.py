@@ -549,6 +549,30 @@ def test_mounts_of_two_trees_end_each_by_itself(base: Path) -> None:
 # -- what a sync reads -----------------------------------------------------------------------------
 
 
+def test_a_directory_made_anew_since_the_freeze_is_not_the_one_that_is_read(
+    rig: Living, meanwhile: Meanwhile
+) -> None:
+    """Though what is new was never touched, and lies where the old one lay."""
+    for deep in ("old", "above/old", "above/below/old"):
+        (rig.tree / deep).mkdir(parents=True)
+        (rig.tree / deep / "file").write_bytes(b"of old")
+    fill(rig)
+
+    def replace() -> None:
+        for name in ("old", "above"):
+            shutil.rmtree(rig.tree / name)
+        for deep in ("old", "above/old", "above/below/old"):
+            (rig.tree / deep).mkdir(parents=True)
+        (rig.tree / "above" / "old" / "file").write_bytes(b"of new")
+
+    model = contents_of_tree(rig.tree)
+    meanwhile.when_frozen = replace
+    rig.sync()
+    assert not difference(last_contents(rig), model)
+    meanwhile.when_frozen = lambda: None
+    sync_by_marks(rig)
+
+
 def test_the_first_backup_is_one_point_in_time(rig: Living, meanwhile: Meanwhile) -> None:
     paths = fill(rig, 60)
     model = contents_of_tree(rig.tree)

@@ -55,6 +55,7 @@ def test_blocks_cover_what_was_added(
     blocks, plain = blocks_and_set(changes)
     first, last = asked
     assert blocks.covers(first, last) == plain.issuperset(range(first, last + 1))
+    assert blocks.touches(first, last) == (not plain.isdisjoint(range(first, last + 1)))
 
 
 @given(CHANGES)

@@ -175,8 +175,7 @@ class Freeze:
         size = self.block_size
 
         def wants(chunk: int) -> bool:
-            block = chunk * CHUNK // size
-            return blocks.covers(block, block)
+            return blocks.touches(chunk * CHUNK // size, ((chunk + 1) * CHUNK - 1) // size)
 
         return wants
 

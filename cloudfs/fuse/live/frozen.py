@@ -1,7 +1,8 @@
 """What is frozen, as a tree: what was kept, and for the rest what is there.
 
-1. A frozen item has the number of the live one, with the number of the freeze above it: what the
-   kernel remembers of one freeze is never taken for another's, or for what lives.
+1. A frozen item has the number of the live one, with that of the freeze above it, as far as it
+   fits, and whole as its generation: what the kernel remembers of one freeze is never taken for
+   another's, or for what lives.
 2. Within a freeze nothing changes, so the kernel may believe everything for as long as it likes.
    After it every number of it is stale.
 3. What the kernel knows of a frozen item pins the live one, so its number cannot be given again.

@@ -36,7 +36,7 @@ class FrozenSide:
             raise FUSEError(errno.ENOENT)
         root = self._inodes.root
         tree.count(root)
-        return fill(self._once, tree.number(root), tree.freeze.status(root))
+        return self._filled(self._once, tree, root)
 
     def counted(self, tree: FrozenTree, inode: Inode) -> EntryAttributes:
         """The attributes of an item, of which the kernel is told."""
@@ -46,7 +46,11 @@ class FrozenSide:
 
     def attributes(self, tree: FrozenTree, inode: Inode) -> EntryAttributes:
         """The attributes of an item."""
-        return fill(self._lasting, tree.number(inode), tree.freeze.status(inode))
+        return self._filled(self._lasting, tree, inode)
+
+    def _filled(self, a: EntryAttributes, tree: FrozenTree, inode: Inode) -> EntryAttributes:
+        a.generation = tree.freeze.number
+        return fill(a, tree.number(inode), tree.freeze.status(inode))
 
     def _tree_of(self, number: int) -> FrozenTree:
         """The tree that a number belongs to. Raises KeyError where it is gone."""

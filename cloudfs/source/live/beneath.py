@@ -2,8 +2,9 @@
 
 What is frozen can be read through the mount, at a request for each question. Most of it is as it
 was, and beneath the mount it is read at full speed; whether it was as it was is asked afterwards
-(:mod:`cloudfs.source.live.touched`). Paths lead where they led at the freeze, for if a directory
-had moved everything would count as touched.
+(:mod:`cloudfs.source.live.touched`). Paths lead where they led at the freeze unless a directory on
+the way was touched: if one had moved, everything would count as touched, and if one was removed and
+another made under its name, the directory that held it was touched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import msgspec
 from cloudfs.core.errors import SourceError
 from cloudfs.source.inode import open_directory
 from cloudfs.source.live.touched import Touched
+
+DEPTH = 64
+"""Directories above one that are looked at; deeper than that, they count as touched."""
 
 
 class TouchedSince(Exception):
@@ -55,6 +59,15 @@ class Beneath:
         for inode in inodes:
             if has(inode):
                 raise TouchedSince
+
+    def way_touched(self, fd: int, path: bytes) -> bool:
+        """Whether something above an open directory was touched since the freeze, so that its path
+        may have led elsewhere then."""
+        depth = path.count(b"/") + 1 if path else 0
+        has = self._touched.has
+        return depth > DEPTH or any(
+            has(os.stat(b"../" * up, dir_fd=fd).st_ino) for up in range(1, depth + 1)
+        )
 
     def check_same(self, inodes: tuple[int, int]) -> None:
         """The same of an item, by the numbers it was listed with and read with. (They also differ
