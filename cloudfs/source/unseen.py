@@ -23,6 +23,7 @@ from pathlib import Path
 _SHARED = re.compile(
     rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)", re.M
 )
+_ON_DEVICE = rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ 0*%x:0*%x [1-9]\d* *([^\n]*)"
 _RING = b"/[aio]"
 _LOOPS = "/sys/block"
 
@@ -36,6 +37,22 @@ def mapped() -> set[Inode]:
     for pid, maps in _all_maps():
         found.update(_shared(pid, maps))
     return found
+
+
+def settle_mapped(device: int) -> None:
+    """Wait until what was written through mappings of a FUSE file system has reached its server.
+
+    syncfs(2) sends it on its way, and does not wait. Whoever closes a file there waits, whether he
+    wrote to it or not, and what is no longer mapped was waited for when that ended. Files of
+    processes that this one may not look into are left out.
+    """
+    pattern = re.compile(_ON_DEVICE % (os.major(device), os.minor(device)), re.M)
+    for pid, maps in _all_maps():
+        for span, path in set(pattern.findall(maps)):
+            for place in (f"/proc/{pid}/map_files/".encode() + span, path):
+                with contextlib.suppress(OSError):  # not allowed; or unmapped since
+                    os.close(os.open(place, os.O_RDONLY | os.O_CLOEXEC))
+                    break
 
 
 def being_written() -> set[Inode]:

@@ -16,7 +16,7 @@ from cloudfs.fuse.daemon import Daemon
 from cloudfs.fuse.live.job import LiveJob
 from cloudfs.source.live.client import Line
 from cloudfs.source.live.protocol import Answer, Question
-from cloudfs.source.syncfs import sync_file_system
+from cloudfs.source.live.session import flush
 from tests.engine.btrfs import run
 from tests.engine.rig import Rig, contents_of_tree, difference
 
@@ -115,7 +115,7 @@ class Living(Rig):
     def flush(self) -> None:
         """Have all that is dirty in mappings written."""
         if self.daemon is not None:
-            sync_file_system(os.fsencode(self.tree))
+            flush(os.fsencode(self.tree))
 
     def check(self) -> None:
         """The last snapshot is what the tree is, seen from above and from beneath."""

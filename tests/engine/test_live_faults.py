@@ -549,6 +549,22 @@ def test_mounts_of_two_trees_end_each_by_itself(base: Path) -> None:
 # -- what a sync reads -----------------------------------------------------------------------------
 
 
+def test_what_was_written_through_mappings_is_there_before_the_freeze(rig: Living) -> None:
+    """It is on its way for a while after the kernel was told to write it."""
+    with contextlib.ExitStack() as stack:
+        mappings = {}
+        for path in fill(rig, 40):
+            with path.open("r+b") as file:
+                mappings[path] = stack.enter_context(mmap.mmap(file.fileno(), 0))
+        for turn in range(20):
+            for mapping in mappings.values():
+                mapping[0] = mapping[9000] = turn
+            rig.flush()
+            for path in mappings:
+                data = (rig.beneath / path.relative_to(rig.tree)).read_bytes()
+                assert (data[0], data[9000]) == (turn, turn)
+
+
 def test_a_directory_made_anew_since_the_freeze_is_not_the_one_that_is_read(
     rig: Living, meanwhile: Meanwhile
 ) -> None:

@@ -32,6 +32,7 @@ from cloudfs.source.live.protocol import (
 from cloudfs.source.ready import Ready
 from cloudfs.source.state import SourceState, scanning
 from cloudfs.source.syncfs import sync_file_system
+from cloudfs.source.unseen import settle_mapped
 
 STATE_TIMEOUT_S = 5.0
 """How long somebody who only asks how it stands waits for the mount."""
@@ -76,7 +77,7 @@ class LiveSource:
     def _frozen(self, line: Line, base: Base, *, whole: bool) -> Ready:
         before = line.ask(Question("state"))
         self._check(before)
-        sync_file_system(before.mountpoint)
+        flush(before.mountpoint)
         marked = not whole and not _reason(before, base)
         answer = line.ask(Question("freeze", marked=marked))
         top = before.mountpoint.rstrip(b"/") + b"/" + FROZEN_PREFIX + b"%d" % answer.frozen
@@ -102,6 +103,12 @@ class LiveSource:
                 f"the live mount is of {os.fsdecode(answer.source)}, not of"
                 f" {os.fsdecode(self._source)}. Unmount it and mount it anew."
             )
+
+
+def flush(mountpoint: bytes) -> None:
+    """Have all that is dirty, in mappings, written to the mount. Raises OSError."""
+    sync_file_system(mountpoint)
+    settle_mapped(os.stat(mountpoint).st_dev)
 
 
 def _reason(answer: Answer, base: Base) -> str:
