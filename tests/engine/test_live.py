@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from cloudfs.backup import dispatch, packs
 from cloudfs.backup.attempt import Attempt
 from cloudfs.fuse import daemon
+from cloudfs.source import unseen
 from cloudfs.source.live.session import LiveSource
 from tests.engine import btrfs, forked, loops
 from tests.engine.hands import OPERATIONS, Hands, Operation
@@ -239,6 +240,12 @@ def file_system(kind: str) -> Iterator[Path]:
         shutil.rmtree(base)
 
 
+def own_maps() -> Iterator[tuple[str, bytes]]:
+    """The mappings of this process, as if there were no others: all are looked at hundreds of times
+    in a sequence."""
+    yield "self", Path("/proc/self/maps").read_bytes()
+
+
 @pytest.fixture(params=["tmpfs", "ext4", "xfs", "btrfs"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The machine on a file system of each kind, with frames that end everywhere."""
@@ -246,6 +253,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     meanwhile.install(monkeypatch)
     monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
     monkeypatch.setattr(daemon, "_spawn", forked.live)
+    monkeypatch.setattr(unseen, "_all_maps", own_maps)
     monkeypatch.setattr(OnLive, "meanwhile", meanwhile, raising=False)
     with file_system(request.param) as place:
         monkeypatch.setattr(OnLive, "volume", place, raising=False)
