@@ -35,9 +35,11 @@ class Forked:
         if self.returncode is None:
             if not _readable(self._pidfd, timeout):
                 raise subprocess.TimeoutExpired("a forked daemon", timeout or 0)
-            os.close(self._pidfd)
             self.returncode = 0
         return 0
+
+    def __del__(self) -> None:
+        os.close(self._pidfd)
 
     def terminate(self) -> None:
         """Tell it to end."""
