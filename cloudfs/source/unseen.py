@@ -42,16 +42,22 @@ def mapped() -> set[Inode]:
 def settle_mapped(device: int) -> None:
     """Wait until what was written through mappings of a FUSE file system has reached its server.
 
-    syncfs(2) sends it on its way, and does not wait. Whoever closes a file there waits, whether he
-    wrote to it or not, and what is no longer mapped was waited for when that ended. Files of
-    processes that this one may not look into are left out.
+    Pages are dirty there only while they are mapped: the end of a mapping waits for them. Those of
+    processes that this one may not look into are left out. File by file, and not by syncfs(2),
+    which does not wait for them, and worse: of a file that somebody makes longer by writes while
+    the kernel writes a page of it back, Linux (seen with 6.18, on any FUSE file system) can fill
+    with zeros what was just written behind the old end. fsync(2) keeps such writes out meanwhile.
     """
     pattern = re.compile(_ON_DEVICE % (os.major(device), os.minor(device)), re.M)
     for pid, maps in _all_maps():
         for span, path in set(pattern.findall(maps)):
             for place in (f"/proc/{pid}/map_files/".encode() + span, path):
                 with contextlib.suppress(OSError):  # not allowed; or unmapped since
-                    os.close(os.open(place, os.O_RDONLY | os.O_CLOEXEC))
+                    fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
                     break
 
 

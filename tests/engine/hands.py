@@ -113,9 +113,10 @@ class Hands:
                     os.pwrite(fd, random.Random(seed).randbytes(100), at)
 
     def punch(self, parts: list[bytes], offset: int, size: int) -> None:
-        """Or write zeros, where the file system cannot."""
+        """Or write zeros, where the file system cannot. Behind the end that would do nothing, while
+        a hole there moves the file's times."""
         with self.file(parts, os.O_RDWR) as fd:
-            if fd >= 0 and size:
+            if fd >= 0 and size and offset < os.fstat(fd).st_size:
                 keep_size_and_punch = 3
                 ends = ctypes.c_int64(offset), ctypes.c_int64(size)
                 if _libc.fallocate(fd, keep_size_and_punch, *ends):

@@ -48,6 +48,7 @@ def _work_with_git(place: Path, files: int, commits: int) -> None:
     repository = place / "repository"
     repository.mkdir()
     run("git", "init", "-q", "-b", "main", cwd=repository)
+    run("git", "config", "gc.auto", "0", cwd=repository)  # a collection of its own, in between
     for number in range(files):
         path = repository / f"d{number % 17}" / f"f{number}"
         path.parent.mkdir(exist_ok=True)

@@ -31,7 +31,6 @@ from cloudfs.source.live.protocol import (
 )
 from cloudfs.source.ready import Ready
 from cloudfs.source.state import SourceState, scanning
-from cloudfs.source.syncfs import sync_file_system
 from cloudfs.source.unseen import settle_mapped
 
 STATE_TIMEOUT_S = 5.0
@@ -106,8 +105,7 @@ class LiveSource:
 
 
 def flush(mountpoint: bytes) -> None:
-    """Have all that is dirty, in mappings, written to the mount. Raises OSError."""
-    sync_file_system(mountpoint)
+    """Have all that is dirty, which is in mappings, written to the mount. Raises OSError."""
     settle_mapped(os.stat(mountpoint).st_dev)
 
 
