@@ -9,6 +9,7 @@ begins with the name of the program that it stands for.
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import os
@@ -153,7 +154,10 @@ class Cloudfs(Program):
 
     def __init__(self, base: Path, label: str = kind) -> None:
         beside = Path(sys.executable).with_name("cloudfs")
-        venv = Path(__file__).resolve().parents[2] / ".venv/bin/cloudfs"
+        checkout = Path(__file__).resolve().parents[2]
+        venv = checkout / ".venv/bin/cloudfs"
+        # As every installation does; where PYTHONDONTWRITEBYTECODE is set, nothing else would.
+        compileall.compile_dir(checkout / "cloudfs", quiet=1)
         path = next((str(p) for p in (beside, venv) if p.exists()), "cloudfs")
         super().__init__(base, label, path)
         self.snapshot = "auto"
