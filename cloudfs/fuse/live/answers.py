@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
@@ -16,8 +16,16 @@ from cloudfs.core.errors import CloudfsError
 
 log = logging.getLogger(__name__)
 
+
+class Answering(Protocol):
+    """Whose handlers these are."""
+
+    def answered(self) -> None:
+        """A question is answered, and nothing that was looked up for it is needed any more."""
+
+
 P = ParamSpec("P")
-S = TypeVar("S")
+S = TypeVar("S", bound=Answering)
 T = TypeVar("T")
 
 
@@ -43,6 +51,8 @@ def answering(
             log.error("%s: %s", handler.__name__, error)
         except Exception:
             log.exception("%s failed", handler.__name__)
+        finally:
+            self.answered()
         raise FUSEError(errno.EIO)
 
     return run

@@ -225,7 +225,7 @@ class Inodes:
                 found.append(inode)
                 if len(found) == _EVICTED_AT_ONCE:
                     break
-        for inode in found:
+        for inode in found:  # the next time they are the last to be looked at
             self._known[inode.number] = self._known.pop(inode.number)
         return found
 

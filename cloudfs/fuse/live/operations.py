@@ -89,6 +89,10 @@ class LiveMount(pyfuse3.Operations):
             self._backups.begin(nursery, self.turns)
         await pyfuse3.main(max_tasks=TASKS)
 
+    def answered(self) -> None:
+        """Items are opened again for any question, so after any there may be too many."""
+        self._inodes.trim()
+
     def expect_news(self) -> None:
         """A sync made a snapshot: show it."""
         if self._backups is not None:
@@ -120,7 +124,6 @@ class LiveMount(pyfuse3.Operations):
     def _known(self, inode: Inode, status: os.stat_result) -> EntryAttributes:
         """Rule 3."""
         inode.lookups += 1
-        self._inodes.trim()
         return fill(self._lasting, inode.number, status)
 
     async def _keep(self, inode: Inode, start: int, end: int) -> None:
