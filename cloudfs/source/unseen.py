@@ -23,7 +23,6 @@ from pathlib import Path
 _SHARED = re.compile(
     rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)", re.M
 )
-_ON_DEVICE = rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ 0*%x:0*%x [1-9]\d* *([^\n]*)"
 _RING = b"/[aio]"
 _LOOPS = "/sys/block"
 
@@ -48,17 +47,18 @@ def settle_mapped(device: int) -> None:
     the kernel writes a page of it back, Linux (seen with 6.18, on any FUSE file system) can fill
     with zeros what was just written behind the old end. fsync(2) keeps such writes out meanwhile.
     """
-    pattern = re.compile(_ON_DEVICE % (os.major(device), os.minor(device)), re.M)
+    settled: set[bytes] = set()
     for pid, maps in _all_maps():
-        for span, path in set(pattern.findall(maps)):
-            for place in (f"/proc/{pid}/map_files/".encode() + span, path):
-                with contextlib.suppress(OSError):  # not allowed; or unmapped since
-                    fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-                    try:
-                        os.fsync(fd)
-                    finally:
-                        os.close(fd)
-                    break
+        for span, major, minor, inode in _SHARED.findall(maps):
+            if inode in settled or os.makedev(int(major, 16), int(minor, 16)) != device:
+                continue
+            with contextlib.suppress(OSError):  # unmapped since
+                fd = os.open(f"/proc/{pid}/map_files/{span.decode()}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                    settled.add(inode)
+                finally:
+                    os.close(fd)
 
 
 def being_written() -> set[Inode]:

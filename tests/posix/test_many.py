@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from cloudfs.fuse import daemon
 from cloudfs.fuse.live import calls
 from tests.posix import mounts
 from tests.posix.case import in_process, said
@@ -42,6 +45,36 @@ def test_open_files(live_pair: Pair) -> None:
     os.sync()
     shutil.rmtree(live_pair.live / "many")
     assert mounts.number_of_open_files(live_pair.daemon) < before + 1000
+
+
+def test_more_items_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are known to the kernel, so nobody looks any up when they are used; many are open."""
+    spawn = daemon._spawn
+
+    def with_few(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        process = spawn(environment)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (2100, 2100))
+        return process
+
+    monkeypatch.setattr(daemon, "_spawn", with_few)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    paths = [tree / f"{number}" for number in range(3000)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    with mounts.mounted(mounts.job(tree, tmp_path / "state")) as mounted:
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(path.open("rb")) for path in paths[:600]]
+            for _ in range(2):
+                for path in paths:
+                    assert path.read_bytes() == path.name.encode()
+                    path.chmod(0o600)
+            assert all(
+                file.read() == path.name.encode() for file, path in zip(held, paths, strict=False)
+            )
+        for path in paths:
+            path.chmod(0o640)
+        assert mounts.number_of_open_files(mounted) < 1500
 
 
 @pytest.mark.long

@@ -81,7 +81,7 @@ class Inodes:
         self.root.uses = 1
         self._known = {ROOT: self.root}
         self._others: dict[tuple[int, int], int] = {}
-        self._limit = limit
+        self._limit = self._trim_at = limit
         self._open = 1
         self._mounts: dict[int, int] = {}  # by device, a descriptor for opening by handle
 
@@ -204,9 +204,13 @@ class Inodes:
     def trim(self) -> None:
         """Close descriptors if there are too many. To be called when a question is answered, and
         nothing that was looked up for it is needed any more."""
-        if self._open > self._limit:
+        if self._open > self._trim_at:
+            before = self._open
             for inode in self._idle():
                 self._evict(inode)
+            self._trim_at = self._limit
+            if before - self._open < _EVICTED_AT_ONCE:  # the others are in use, or have no handles
+                self._trim_at = max(self._limit, self._open + _EVICTED_AT_ONCE)
 
     @contextlib.contextmanager
     def using(self, inode: Inode) -> Iterator[None]:
@@ -225,7 +229,7 @@ class Inodes:
                 found.append(inode)
                 if len(found) == _EVICTED_AT_ONCE:
                     break
-        for inode in found:  # the next time they are the last to be looked at
+        for inode in found:
             self._known[inode.number] = self._known.pop(inode.number)
         return found
 
