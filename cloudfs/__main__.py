@@ -3,7 +3,11 @@
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    import gc
     import sys
+
+    # Looking for circles that are no longer used is a tenth of the time of a small sync.
+    gc.set_threshold(100_000, 20, 100)
 
     from cloudfs.cli.main import run
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 from cloudfs.source.btrfs import ioctl, subvolume
+from cloudfs.source.choose import hasten
 from tests.engine import btrfs
 
 HEADER = """
@@ -19,6 +21,7 @@ HEADER = """
 #define AT(type, field) printf("%s.%s %zu\\n", #type, #field, offsetof(struct type, field))
 int main(void) {
     SHOW(BTRFS_IOC_SNAP_DESTROY); SHOW(BTRFS_IOC_SNAP_CREATE_V2); SHOW(BTRFS_IOC_SEND);
+    SHOW(BTRFS_IOC_SYNC);
     SHOW(BTRFS_IOC_GET_SUBVOL_INFO); SHOW(BTRFS_IOC_GET_SUBVOL_ROOTREF);
     SHOW(BTRFS_IOC_INO_LOOKUP_USER); SHOW(BTRFS_SUBVOL_RDONLY); SHOW(BTRFS_ROOT_SUBVOL_RDONLY);
     SHOW(BTRFS_SEND_FLAG_NO_FILE_DATA); SHOW(BTRFS_IOC_TREE_SEARCH_V2); SHOW(BTRFS_INODE_ITEM_KEY);
@@ -99,6 +102,7 @@ def test_numbers_and_layouts_are_those_of_the_header(tmp_path: Path) -> None:
         "BTRFS_IOC_SNAP_DESTROY": ioctl.SNAP_DESTROY,
         "BTRFS_IOC_SNAP_CREATE_V2": ioctl.SNAP_CREATE_V2,
         "BTRFS_IOC_SEND": ioctl.SEND,
+        "BTRFS_IOC_SYNC": ioctl.SYNC,
         "BTRFS_IOC_GET_SUBVOL_INFO": ioctl.GET_SUBVOL_INFO,
         "BTRFS_IOC_GET_SUBVOL_ROOTREF": ioctl.GET_SUBVOL_ROOTREF,
         "BTRFS_IOC_INO_LOOKUP_USER": ioctl.INO_LOOKUP_USER,
@@ -183,6 +187,28 @@ def test_inodes_that_changed_after_a_transaction(volume: Path) -> None:
     assert tree.stat().st_ino not in found()
     os.listdir(tree)  # which moves a time of the directory, and a sync looks at that too
     assert tree.stat().st_ino in found()
+
+
+def test_what_a_snapshot_waits_for_begins_before(volume: Path) -> None:
+    """What was written is written out while the repository is opened, and nobody waits for it."""
+    tree = btrfs.subvolume(volume / "tree")
+    top = os.fsencode(tree)
+    (tree / "file").write_bytes(b"x" * 100_000)
+    os.sync()
+    before = ioctl.info(top).changed
+
+    def is_written_out() -> bool:
+        return any(ioctl.inodes_since(top, before))
+
+    (tree / "file").write_bytes(b"y" * 100_000)
+    hasten("scan", [top])
+    time.sleep(0.2)
+    assert not is_written_out()
+    hasten("auto", [b"/proc", os.fsencode(volume / "none"), top])
+    ends = time.monotonic() + 10
+    while not is_written_out() and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert is_written_out()
 
 
 def test_what_changed_is_counted_with_the_sizes_of_what_was_there_before(volume: Path) -> None:

@@ -152,7 +152,8 @@ class Revisit(Walk):
         stats = enumerate(decode_listing(record.listing))
         named = [index for index, stat in stats if stat.is_file and stat.name in change.names]
         doubtful = sorted({*doubtful, *named})
-        return msgspec.structs.replace(record, doubtful=doubtful, signature=b"")
+        signature = b"" if doubtful else record.signature
+        return msgspec.structs.replace(record, doubtful=doubtful, signature=signature)
 
     def _suspect(self, lin: int, change: DirChange, further: dict[int, DirChange]) -> None:
         """See rule 5, for the directories among the names that were looked at."""

@@ -113,6 +113,7 @@ def sync_once(app: App, name: str, wishes: SyncWishes) -> int:
     if place.file is None:
         raise UsageError(f"a sync needs a policy on this machine, and {name} is none.")
     check_sources(place.file.policy)
+    _hasten(place.file.policy)
     if app.local_state().is_new(place.file.policy.id) and wishes.workers != 1:
         # A first backup is most likely large: its workers import while the key is derived.
         from cloudfs.repo import pool
@@ -166,6 +167,12 @@ def check_sources(policy: Policy) -> None:
                 f"the source {quote_path(os.fsencode(source))} of {policy.name} does not exist."
                 " Is its drive mounted? Nothing was backed up."
             )
+
+
+def _hasten(policy: Policy) -> None:
+    from cloudfs.source.choose import hasten
+
+    hasten(policy.snapshot, [os.fsencode(source) for source in policy.sources])
 
 
 def _record(app: App, repository: Repository, place: Place, *, dry_run: bool) -> PolicyRecord:

@@ -49,7 +49,6 @@ class SnapshotView:
         # Newest first, and only those that can speak of this snapshot.
         self._runs = [run for run in reversed(runs) if run.first_snap <= self.number]
         self._maps: dict[tuple[bytes, int], dict[int, Meta]] = {}
-        self._block_maps: dict[tuple[bytes, int], dict[int, list[BlockRow]]] = {}
 
     # -- metadata --------------------------------------------------------------------------
 
@@ -189,28 +188,9 @@ class SnapshotView:
         found: dict[int, BlockRow] = {}
         low, high = (lin, first_base), (lin, last_base + 1)
         for run in self._runs:
-            page = self._tables.at_or_before(run, Table.BLOCKS, high)
-            if page is None:
-                continue
-            if cast(BlockRow, page[2][0]).lin < lin:  # so all that the run has stands on this page
-                for row in self._block_map(page[0].name, page[1], page[2]).get(lin, ()):
-                    if first_base <= row.base <= last_base:
-                        found.setdefault(row.base, row)
-                continue
             rows = self._tables.between(run, Table.BLOCKS, low, high)
             for row in cast("Iterator[BlockRow]", newest_at(rows, self.number)):
                 found.setdefault(row.base, row)
-        return found
-
-    def _block_map(self, segment: bytes, index: int, rows: list[Row]) -> dict[int, list[BlockRow]]:
-        """The rows of a page in force at this snapshot, by LIN."""
-        found = self._block_maps.get((segment, index))
-        if found is None:
-            if len(self._block_maps) >= _MAPS_KEPT:
-                self._block_maps.clear()
-            found = self._block_maps[segment, index] = {}
-            for row in cast("Iterator[BlockRow]", newest_at(rows, self.number)):
-                found.setdefault(row.lin, []).append(row)
         return found
 
     def blocks(self, lin: int, first: int, count: int) -> list[Location | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 
 from cloudfs.core.errors import SourceError
 
@@ -32,3 +34,22 @@ def choose(wanted: str, sources: list[bytes]) -> str:
             " `cloudfs policy set NAME --snapshot scan`."
         )
     return wanted
+
+
+def hasten(wanted: str, sources: list[bytes]) -> None:
+    """Begin what a sync would wait for later, and return at once.
+
+    Before btrfs takes a snapshot it writes out what it holds in memory. Of little things that
+    changed in a large tree that is much, and meanwhile the caller may open the repository.
+    """
+    if wanted not in ("auto", "btrfs"):
+        return
+    from cloudfs.source.btrfs import ioctl, subvolume
+
+    def write_out() -> None:
+        for source in filter(subvolume.is_subvolume, sources):
+            with contextlib.suppress(OSError):  # it is done before the snapshot in any case
+                ioctl.write_out(source)
+
+    if subvolume.available():
+        threading.Thread(target=write_out, daemon=True).start()

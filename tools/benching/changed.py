@@ -20,7 +20,7 @@ from benching import data, trace
 from benching.measure import Cost, Failed, Results
 from benching.options import chosen
 from benching.programs import Cloudfs, Program
-from benching.volumes import KINDS, drop_snapshots, roomy, settle, volume
+from benching.volumes import KINDS, drop_deleted, drop_snapshots, roomy, settle, volume
 
 CHANGED = 100
 """Files that are changed; as many directories stand at the top of the tree, one file in each."""
@@ -36,7 +36,7 @@ GROWTH = 1.3
 BIG_READ = 2 * 128 * 1024
 ROOM_FILE = 8 << 10
 """Bytes of the file system for each small file: a block, an inode, and something over."""
-FIGURES = ("sync", "requests", "bytes read", "system calls on the tree")
+FIGURES = ("sync", "sync at once", "requests", "bytes read", "system calls on the tree")
 
 
 def directory(tree: Path, number: int) -> Path:
@@ -127,19 +127,33 @@ class Changes:
         with tracked(cloudfs, source, self.tree):
             for _ in range(ROUNDS):
                 self._sync(cloudfs, source, asked)
+            for _ in range(ROUNDS):
+                self._sync(cloudfs, source, asked, at_once=True)
             self._trace(cloudfs, source)
 
-    def _sync(self, cloudfs: Cloudfs, source: str, asked: Asked) -> None:
+    def _change(self, *, written_out: bool = True) -> None:
+        """Make the changes, when nothing of earlier ones is left for the kernel to do."""
+        drop_deleted(self.tree)
+        settle(self.tree)
         self.act()
+        if written_out:
+            settle(self.tree)
+
+    def _sync(
+        self, cloudfs: Cloudfs, source: str, asked: Asked, *, at_once: bool = False
+    ) -> None:
+        """One sync; at once: before what changed was written out."""
+        self._change(written_out=not at_once)
+        figure = "sync at once" if at_once else "sync"
         cost = cloudfs.backup(self.tree)
-        self.results.add(self.scenario, self.step(source, "sync"), "cloudfs", cost, SYNC_S)
+        self.results.add(self.scenario, self.step(source, figure), "cloudfs", cost, SYNC_S)
         summary = cloudfs.summary(cost)
         check(summary, source, asked.files)
         self.number(source, "requests", summary["requests"])
         self.number(source, "bytes read", summary["bytes_read"], asked.read)
 
     def _trace(self, cloudfs: Cloudfs, source: str) -> None:
-        self.act()
+        self._change()
         place = self.tree.parent  # a snapshot may lie beside the tree
         calls = trace.calls(
             cloudfs.sync_command, cloudfs.env, cloudfs.processes(), place, cloudfs.base
@@ -155,7 +169,7 @@ class Changes:
         program.fresh(self.tree)
         program.backup(self.tree)
         for _ in range(rounds):
-            self.act()
+            self._change()
             cost = program.backup(self.tree)
             for source in sources:
                 self.results.add(self.scenario, self.step(source, "sync"), program.name, cost)

@@ -73,6 +73,12 @@ def drop_snapshots(tree: Path) -> None:
         quietly("btrfs", "subvolume", "delete", "-c", snapshot)
 
 
+def drop_deleted(tree: Path) -> None:
+    """Wait until nothing is left of the snapshots that were deleted."""
+    if (tree / SNAPSHOTS).exists():
+        quietly("btrfs", "subvolume", "sync", tree)
+
+
 def settle(tree: Path) -> None:
     """Have all that was written reach its device, so that it disturbs nothing that comes."""
     quietly("sync", "-f", tree)

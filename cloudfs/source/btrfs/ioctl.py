@@ -54,6 +54,7 @@ def _number(direction: int, number: int, layout: struct.Struct) -> int:
     return direction << 30 | layout.size << 16 | _MAGIC << 8 | number
 
 
+SYNC = _MAGIC << 8 | 8
 SNAP_DESTROY = _number(_WRITE, 15, VOL_ARGS)
 SNAP_CREATE_V2 = _number(_WRITE, 23, VOL_ARGS_V2)
 TREE_SEARCH_V2 = _number(_READ | _WRITE, 17, SEARCH_ARGS_V2)
@@ -93,6 +94,12 @@ def snapshot(source: bytes, target: bytes) -> None:
     with opened(source) as source_fd, opened(directory) as fd:
         arguments = VOL_ARGS_V2.pack(source_fd, 0, SUBVOL_RDONLY, name)
         fcntl.ioctl(fd, SNAP_CREATE_V2, bytearray(arguments))
+
+
+def write_out(path: bytes) -> None:
+    """Have the file system write out what it holds in memory. Raises OSError."""
+    with opened(path) as fd:
+        fcntl.ioctl(fd, SYNC)
 
 
 def delete(path: bytes) -> None:
