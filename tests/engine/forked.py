@@ -52,6 +52,11 @@ def live(_environment: object = None) -> Forked:
     return _fork(b"m")
 
 
+def live_with_few(_environment: object = None) -> Forked:
+    """One that closes its descriptors as soon as it can, as if there were too many of them."""
+    return _fork(b"f")
+
+
 def watch() -> Forked:
     """The daemon that hears of changes (see cloudfs.source.watch.daemon)."""
     return _fork(b"w")
@@ -121,12 +126,22 @@ def serve(line: socket.socket) -> None:
             for fd, standard in zip(fds, (0, 1), strict=True):
                 os.dup2(fd, standard)
                 os.close(fd)
-            os._exit(daemon.main() if which == b"m" else watcher.main())
+            if which == b"f":
+                _have_few_descriptors()
+            os._exit(watcher.main() if which == b"w" else daemon.main())
         for fd in fds:
             os.close(fd)
         pidfd = os.pidfd_open(pid)
         socket.send_fds(line, [b"%d" % pid], [pidfd])
         os.close(pidfd)
+
+
+def _have_few_descriptors() -> None:
+    from cloudfs.fuse.live import calls, files, freeze, inodes
+
+    calls.raise_file_limit = lambda: 8
+    files._AT_ONCE = inodes._EVICTED_AT_ONCE = 1
+    freeze.Freeze.lose = lambda _self, _inode: None  # type: ignore[method-assign]  # not so few
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ class OnLive(RuleBasedStateMachine):
         self.plain_hands = Hands(os.fsencode(self.plain))
         self.believed = False  # whether the next sync has to go by the marks
         self.models: dict[int, Contents] = {}
-        self.rig.mount()
 
     def do(self, operations: list[Operation]) -> None:
         for operation in operations:
@@ -85,8 +84,10 @@ class OnLive(RuleBasedStateMachine):
         self.live_hands.let_go()
         self.plain_hands.let_go()
 
-    @initialize(operations=hs.lists(OPERATIONS, min_size=5, max_size=20))
-    def begin(self, operations: list[Operation]) -> None:
+    @initialize(operations=hs.lists(OPERATIONS, min_size=5, max_size=20), few=hs.booleans())
+    def begin(self, operations: list[Operation], few: bool) -> None:
+        daemon._spawn = forked.live_with_few if few else forked.live  # type: ignore[assignment]
+        self.rig.mount()
         self.do(operations)
 
     @rule(operations=SOME)
@@ -144,11 +145,12 @@ class OnLive(RuleBasedStateMachine):
         self.meanwhile.when_frozen = lambda: self.do(frozen)
         self.meanwhile.when_reading = lambda: self.do(reading)
         result = self.rig.sync(force=force)
-        assert not result.unreadable
+        assert not result.unreadable, result.unreadable
         if result.snapshot is not None:
             self.models[result.snapshot.number] = model
             assert result.snapshot.consistent
-            assert result.snapshot.source == ("live" if self.believed else "scan")
+            wanted = "live" if self.believed else "scan"
+            assert result.snapshot.source == wanted, self.rig.notes
         words = ("scanned", "made anew", "mounted")
         noted = [note for note in self.rig.notes if any(word in note for word in words)]
         assert not (self.believed and noted), "what was marked was not gone by"
@@ -183,7 +185,8 @@ class OnLive(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self.take(False, [], [])
+            if self.rig.daemon is not None:
+                self.take(False, [], [])
             for number, model in self.models.items():
                 same(self.rig.contents(number), model, f"snapshot {number}")
         finally:
@@ -252,7 +255,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     meanwhile = Meanwhile()
     meanwhile.install(monkeypatch)
     monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
-    monkeypatch.setattr(daemon, "_spawn", forked.live)
+    monkeypatch.setattr(daemon, "_spawn", forked.live)  # and back to what it was in the end
     monkeypatch.setattr(unseen, "_all_maps", own_maps)
     monkeypatch.setattr(OnLive, "meanwhile", meanwhile, raising=False)
     with file_system(request.param) as place:

@@ -26,6 +26,7 @@ from tests.engine import btrfs, loops
 from tests.engine.living import Living, living
 from tests.engine.rig import contents_of_tree, difference
 from tests.engine.test_live import Meanwhile
+from tests.posix.mounts import few_descriptors
 
 KIB, MIB = 1 << 10, 1 << 20
 LONG_S = 60.0
@@ -201,6 +202,39 @@ def test_a_snapshot_says_that_it_is_none(base: Path, meanwhile: Meanwhile) -> No
         meanwhile.when_frozen = lambda: None
         rig.sync(force=True)
         assert not rig.notes
+        rig.check()
+
+
+def test_nobody_is_refused_who_removes_much(
+    base: Path, meanwhile: Meanwhile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than can be held open: the freeze is given up, and nothing is held any more."""
+    few_descriptors(monkeypatch, 2100)
+    with living(base) as rig:
+
+        def make() -> None:
+            for number in range(3000):
+                path = rig.tree / f"d{number % 3}" / f"f{number}"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(b"%d" % number)
+
+        def remove() -> None:
+            for name in ("d0", "d1", "d2"):
+                shutil.rmtree(rig.tree / name)
+            make()
+
+        make()
+        meanwhile.when_frozen = remove
+        made = rig.sync().snapshot
+        assert made is not None
+        assert not made.consistent
+        assert any("not one point in time" in note for note in rig.notes)
+        meanwhile.when_frozen = lambda: shutil.rmtree(rig.tree / "d0")
+        made = rig.sync(force=True).snapshot
+        assert made is not None
+        assert not made.consistent
+        meanwhile.when_frozen = lambda: None
+        rig.sync(force=True)
         rig.check()
 
 

@@ -18,6 +18,7 @@ from cloudfs.core.marks import GROUP, NEVER, Blocks
 from cloudfs.db import marked
 from cloudfs.db.marked import MarkedSet, Marks
 from cloudfs.fuse.live import tree as trees
+from cloudfs.fuse.live.files import OpenFiles
 from cloudfs.fuse.live.freeze import CHUNK, Freeze
 from cloudfs.fuse.live.frozen import FrozenTree
 from cloudfs.fuse.live.inodes import Inode, Inodes
@@ -169,7 +170,7 @@ class Freezing(RuleBasedStateMachine):
         super().__init__()
         self.base = tempfile.mkdtemp(prefix="cloudfs-freeze-", dir="/dev/shm")
         self.inodes = Inodes(os.open(self.base, os.O_PATH | os.O_DIRECTORY), 1000)
-        self.tree = LiveTree(self.inodes, None)
+        self.tree = LiveTree(self.inodes, OpenFiles(self.inodes, 1000), None)
         self.frozen: FrozenTree | None = None
         self.model: dict[bytes, object] = {}
         self.freezes = 0
@@ -207,7 +208,7 @@ class Freezing(RuleBasedStateMachine):
             opened, _ = self.tree.create(self.directory(above), name, 0o644, os.O_RDWR, ME)
             opened.inode.lookups += 1
             self.tree.write(opened, 0, b"x" * size)
-            self.tree.close(opened)
+            self.tree.files.close(opened)
 
     @rule(above=NAMES, name=NAMES, offset=OFFSETS, size=OFFSETS, byte=hs.integers(0, 255))
     def write(self, above: bytes, name: bytes, offset: int, size: int, byte: int) -> None:
@@ -217,7 +218,7 @@ class Freezing(RuleBasedStateMachine):
         opened = self.tree.open(inode, os.O_RDWR, ME)
         self.keep(inode, offset, offset + size)
         self.tree.write(opened, offset, bytes([byte]) * size)
-        self.tree.close(opened)
+        self.tree.files.close(opened)
 
     def keep(self, inode: Inode, start: int, end: int) -> None:
         while start < end:

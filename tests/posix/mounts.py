@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import resource
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from cloudfs.fuse import daemon as daemons
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.daemon import Daemon
 from cloudfs.fuse.live.job import LiveJob
@@ -96,6 +101,18 @@ def _beneath(work: Path, kind: str, size: int) -> Iterator[Path]:
     with loops.file_system(work, kind, size) as base:
         base.chmod(0o755)
         yield base
+
+
+def few_descriptors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the process of every mount from now on have no more descriptors than these."""
+    spawn = daemons._spawn
+
+    def with_few(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        process = spawn(environment)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (count, count))
+        return process
+
+    monkeypatch.setattr(daemons, "_spawn", with_few)
 
 
 def complaints(pair: Pair) -> str:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cloudfs.fuse import daemon
 from cloudfs.fuse.live import calls
 from tests.posix import mounts
 from tests.posix.case import in_process, said
@@ -49,14 +47,7 @@ def test_open_files(live_pair: Pair) -> None:
 
 def test_more_items_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are known to the kernel, so nobody looks any up when they are used; many are open."""
-    spawn = daemon._spawn
-
-    def with_few(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        process = spawn(environment)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (2100, 2100))
-        return process
-
-    monkeypatch.setattr(daemon, "_spawn", with_few)
+    mounts.few_descriptors(monkeypatch, 2100)
     tree = tmp_path / "tree"
     tree.mkdir()
     paths = [tree / f"{number}" for number in range(3000)]
@@ -77,9 +68,61 @@ def test_more_items_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert mounts.number_of_open_files(mounted) < 1500
 
 
+def _use_open_files(top: Path, count: int, removed: int) -> dict[str, bytes]:
+    """Everything that can be asked of open files, of each of so many in turn; what is in them. Of
+    the first ``removed`` some lose their names."""
+    calls.raise_file_limit()
+    os.chdir(top)
+    files = [os.open(f"{number}", os.O_CREAT | os.O_RDWR | os.O_APPEND) for number in range(count)]
+    for number, fd in enumerate(files):
+        os.write(fd, b"first %d" % number)
+    for number in range(0, count, 5):
+        os.rename(f"{number}", f"moved-{number}")
+    for number in range(1, removed, 5):
+        os.unlink(f"{number}")
+    for number in range(2, removed, 5):
+        os.replace(f"{number + 1}", f"{number}")
+    for number, fd in enumerate(files):
+        os.write(fd, b", then %d" % number)
+        if number % 3 == 0:
+            os.fsync(fd)
+        if number % 7 == 0:
+            os.ftruncate(fd, 5)
+        os.fchmod(fd, 0o640)
+    found = {}
+    for number, fd in enumerate(files):
+        wanted = b"first %d, then %d" % (number, number)
+        assert os.pread(fd, 99, 0) == (wanted[:5] if number % 7 == 0 else wanted)
+        assert os.fstat(fd).st_nlink == (number >= removed or number % 5 not in (1, 2))
+        assert os.fstat(fd).st_mode & 0o777 == 0o640
+        os.close(fd)
+    for name in os.listdir("."):
+        found[name] = Path(name).read_bytes()
+    return found
+
+
+def test_more_open_files_than_descriptors(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts.few_descriptors(monkeypatch, 2100)
+    live, bare = pair.base / "other", pair.bare / "other"
+    for top in (live, bare):
+        top.mkdir()
+    with mounts.mounted(mounts.job(live, pair.state.parent / "other-state")):
+        found = in_process(lambda: _use_open_files(live, 4000, 3000), 120)
+    assert found == in_process(lambda: _use_open_files(bare, 4000, 3000), 120)
+    assert {path.name: path.read_bytes() for path in live.iterdir()} == found
+
+
 @pytest.mark.long
 def test_100_000_open_files(live_pair: Pair) -> None:
-    in_process(lambda: _open_many(live_pair.live, 100_000), 600)
+    """More than one process may have here, and more than the mount's may have."""
+    tops = [live_pair.live / f"{number}" for number in range(8)]
+    for top in tops:
+        top.mkdir()
+    with ThreadPoolExecutor(len(tops)) as pool:
+        found = list(
+            pool.map(lambda top: in_process(lambda: _use_open_files(top, 12_500, 2500), 900), tops)
+        )
+    assert all(len(names) == 11_500 for names in found)
 
 
 # -- deep and wide ---------------------------------------------------------------------------------

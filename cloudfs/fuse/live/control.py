@@ -181,6 +181,7 @@ class Control:
             for count, number in enumerate(teller.directories()):
                 for change in teller.directory(number):
                     yield change
+                self._tree.inodes.trim()
                 if count % AT_ONCE == 0:
                     await trio.lowlevel.checkpoint()
         except (OSError, SourceError) as error:

@@ -6,7 +6,9 @@
    between the keeping and the change. Reading what is frozen is reading what was kept, and for the
    rest what is there.
 2. Items that were made after the freeze are not in it: no name leads to them.
-3. An item that loses its last name stays open until the freeze ends, so its data is there.
+3. An item that loses its last name stays open until the freeze ends, so its data is there. There
+   may be half as many of these as items may be held open; before there would be more, the freeze is
+   given up. (Who removes something holds the lock of its directory, and cannot be kept waiting.)
 4. Chunks are kept only of what the sync will read: all, or the blocks that were marked.
 5. The room for chunks is bounded. When it is full, who would overwrite something waits until the
    freeze ends, or the freeze is given up as a point in time, as the policy says. Never is there an
@@ -34,6 +36,9 @@ CHUNK = 16 * 1024
 
 AT_ONCE = 512
 """Chunks that are kept before others have their turn (8 MiB)."""
+
+READERS = 256
+"""Descriptors that are kept for reading what is about to be overwritten."""
 
 ROW_BYTES = 1024
 """What a row or a name counts for in the bound."""
@@ -89,6 +94,8 @@ class Freeze:
         self._chunks: dict[int, dict[int, int]] = {}  # inode -> chunk -> place in the store
         self._readers: dict[int, int] = {}  # inode -> descriptor
         self._pinned: list[Inode] = []
+        self._gone: list[Inode] = []  # since it began, with their last names
+        self._most_gone = inodes.limit // 2
 
     @property
     def touched_fd(self) -> int:
@@ -130,6 +137,13 @@ class Freeze:
                 self.places.setdefault(child.number, (directory, name))
         names[name] = child
         self._kept_bytes += ROW_BYTES
+
+    def lose(self, inode: Inode) -> None:
+        """An item is about to lose its last name."""
+        if self.consistent and self.holds(inode):
+            self._gone.append(inode)
+            if len(self._gone) > self._most_gone:
+                self.give_up("so much was removed that not all of it can be held open")
 
     def moved_directory(self) -> None:
         """A directory is about to move: every path may lead elsewhere."""
@@ -207,9 +221,16 @@ class Freeze:
     def _reader(self, inode: Inode) -> int:
         fd = self._readers.get(inode.number)
         if fd is None:
+            if len(self._readers) >= READERS:
+                self._close_readers()
             fd = os.open(inode.proc, os.O_RDONLY | os.O_CLOEXEC)
             self._readers[inode.number] = fd
         return fd
+
+    def _close_readers(self) -> None:
+        for fd in self._readers.values():
+            os.close(fd)
+        self._readers.clear()
 
     def give_up(self, why: str) -> None:
         """What is frozen is no longer one point in time."""
@@ -217,6 +238,9 @@ class Freeze:
             log.error("The freeze is given up as a point in time: %s", why)
         self.consistent = False
         self._touched.all()
+        for inode in self._gone:
+            self._inodes.abandon(inode)
+        self._gone.clear()
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -258,8 +282,7 @@ class Freeze:
     def end(self) -> None:
         """Let go of all that was kept, and of who waits."""
         self.consistent = False
-        for fd in self._readers.values():
-            os.close(fd)
+        self._close_readers()
         if self._store >= 0:
             os.close(self._store)
             self._store = -1

@@ -41,8 +41,9 @@ class FrozenSide:
     def counted(self, tree: FrozenTree, inode: Inode) -> EntryAttributes:
         """The attributes of an item, of which the kernel is told."""
         tree.count(inode)
+        found = self.attributes(tree, inode)
         self._inodes.trim()
-        return self.attributes(tree, inode)
+        return found
 
     def attributes(self, tree: FrozenTree, inode: Inode) -> EntryAttributes:
         """The attributes of an item."""

@@ -6,8 +6,8 @@
    number, gets one from OTHERS on: always the same, as it is known by that in marks and snapshots.
 2. The kernel counts what it was told (lookup, create, readdirplus and their like) and says how much
    of that it has forgotten. At zero the item goes, unless something else knows it: a freeze
-   (``pins``), or an open file or a change that is being made (``uses``). Counting and answering
-   happen without an ``await`` in between.
+   (``pins``), open files (``opens``), or a change that is being made (``uses``). Counting and
+   answering happen without an ``await`` in between.
 3. There may be more items than descriptors. From ``limit`` on, those longest not looked up are held
    by their file handles only, but for what is in use and what has no name any more. They are opened
    again when they are needed; where a number was given again meanwhile, the handle does not open
@@ -41,7 +41,7 @@ class Inode:
 
     __slots__ = (
         "blocks", "born", "dev", "epoch", "fd", "handle", "has_no_capability", "ino", "is_dir",
-        "is_file", "lookups", "nested", "number", "pins", "proc", "shown", "uses",
+        "is_file", "lookups", "nested", "number", "opens", "pins", "proc", "shown", "uses",
     )  # fmt: skip
 
     def __init__(self, number: int, fd: int, status: os.stat_result) -> None:
@@ -54,6 +54,7 @@ class Inode:
         self.is_file = st.S_ISREG(status.st_mode)
         self.lookups = 0
         self.pins = 0
+        self.opens = 0
         self.uses = 0
         self.handle = b""
         self.has_no_capability = False  # security.capability was looked for and is not there
@@ -74,15 +75,16 @@ class Inodes:
     """All that are known."""
 
     def __init__(self, root_fd: int, limit: int) -> None:
-        """``root_fd`` is an O_PATH descriptor of the top; ``limit``: how many may be held open."""
+        """``root_fd`` is an O_PATH descriptor of the top; ``limit``: how many may be ``held`` open,
+        but for those that must be."""
         status = os.fstat(root_fd)
         self.dev = status.st_dev
         self.root = Inode(ROOT, root_fd, status)
         self.root.uses = 1
         self._known = {ROOT: self.root}
         self._others: dict[tuple[int, int], int] = {}
-        self._limit = self._trim_at = limit
-        self._open = 1
+        self.limit = self._trim_at = limit
+        self.held = 1
         self._mounts: dict[int, int] = {}  # by device, a descriptor for opening by handle
 
     def enter(self, root_fd: int) -> None:
@@ -151,11 +153,11 @@ class Inodes:
             # Another item that got its number; what the kernel still knows of the old one is stale.
             inode, number = None, self._renumber(status)
         if inode is None:
-            self._open += 1
+            self.held += 1
             inode = self._known[number] = Inode(number, fd, status)
             inode.nested = status.st_dev != self.dev
         elif inode.fd < 0:
-            self._open += 1
+            self.held += 1
             inode.hold(fd)
         else:
             os.close(fd)
@@ -178,7 +180,7 @@ class Inodes:
 
     def release(self, inode: Inode) -> None:
         """Let an item go if nobody knows it any more."""
-        if inode.lookups > 0 or inode.pins > 0 or inode.uses > 0:
+        if inode.lookups > 0 or inode.pins > 0 or inode.uses > 0 or inode.opens > 0:
             return
         if self._known.get(inode.number) is inode:
             del self._known[inode.number]
@@ -187,7 +189,7 @@ class Inodes:
         if inode.fd >= 0:
             os.close(inode.fd)
             inode.hold(-1)
-            self._open -= 1
+            self.held -= 1
 
     def unpin(self, inode: Inode) -> None:
         """Something else no longer knows an item."""
@@ -204,13 +206,13 @@ class Inodes:
     def trim(self) -> None:
         """Close descriptors if there are too many. To be called when a question is answered, and
         nothing that was looked up for it is needed any more."""
-        if self._open > self._trim_at:
-            before = self._open
+        if self.held > self._trim_at:
+            before = self.held
             for inode in self._idle():
                 self._evict(inode)
-            self._trim_at = self._limit
-            if before - self._open < _EVICTED_AT_ONCE:  # the others are in use, or have no handles
-                self._trim_at = max(self._limit, self._open + _EVICTED_AT_ONCE)
+            self._trim_at = self.limit
+            if before - self.held < _EVICTED_AT_ONCE:  # the others are in use, or have no handles
+                self._trim_at = max(self.limit, self.held + _EVICTED_AT_ONCE)
 
     @contextlib.contextmanager
     def using(self, inode: Inode) -> Iterator[None]:
@@ -233,6 +235,12 @@ class Inodes:
             self._known[inode.number] = self._known.pop(inode.number)
         return found
 
+    def abandon(self, inode: Inode) -> None:
+        """Let the descriptor of an item go that has no name any more: if nothing else holds it, it
+        is lost, and whoever comes for it finds it stale."""
+        if inode.fd >= 0 and not inode.uses and not inode.opens:
+            self._evict(inode)
+
     def _evict(self, inode: Inode) -> None:
         try:
             inode.handle = inode.handle or calls.handle_of(inode.fd)
@@ -241,11 +249,13 @@ class Inodes:
             return  # no handles on that file system: it stays open
         os.close(inode.fd)
         inode.hold(-1)
-        self._open -= 1
+        self.held -= 1
 
     def _reopen(self, inode: Inode) -> None:
         inode.hold(calls.open_handle(self._mount_of(inode), inode.handle))
-        self._open += 1
+        self.held += 1
+        if self._known.get(inode.number) is inode:  # to the end of the line
+            self._known[inode.number] = self._known.pop(inode.number)
 
     def _mount_of(self, inode: Inode) -> int:
         """A descriptor on the file system of an inode that handles can be opened by."""

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
 import pyfuse3
@@ -24,12 +23,14 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from cloudfs.fuse.live.answers import answering, attributes_lasting, fill, statvfs_of
 from cloudfs.fuse.live.backups import MADE_UP, Backups
 from cloudfs.fuse.live.backups import NAME as SNAPSHOTS
+from cloudfs.fuse.live.files import OpenFile
 from cloudfs.fuse.live.freeze import Freeze, Full
-from cloudfs.fuse.live.frozen import NUMBER_BITS, list_names
+from cloudfs.fuse.live.frozen import NUMBER_BITS
 from cloudfs.fuse.live.frozen_side import FrozenSide
 from cloudfs.fuse.live.inodes import ROOT, Inode
+from cloudfs.fuse.live.listing import LiveNames
 from cloudfs.fuse.live.sides import Opened, Side
-from cloudfs.fuse.live.tree import By, LiveTree, OpenFile, Wanted
+from cloudfs.fuse.live.tree import By, LiveTree, Wanted
 from cloudfs.fuse.turns import Turns
 from cloudfs.source.live.protocol import FROZEN_PREFIX
 
@@ -51,14 +52,6 @@ CAPABILITY = b"security.capability"
 TRUSTED = b"trusted."
 
 
-@dataclass(slots=True)
-class Names:
-    """An open directory of the live tree: the names as they were when its start was read."""
-
-    inode: Inode
-    names: list[bytes] | None = None  # None: it has not been read
-
-
 class LiveMount(pyfuse3.Operations):
     """One live mount."""
 
@@ -71,10 +64,11 @@ class LiveMount(pyfuse3.Operations):
         super().__init__()
         self._tree = tree
         self._inodes = tree.inodes
+        self._files = tree.files
         self.frozen = FrozenSide(tree.inodes)
         self._backups = backups
         self.turns = Turns()
-        self._handles: dict[int, OpenFile | Names | Opened] = {}
+        self._handles: dict[int, OpenFile | Opened] = {}
         self._next_handle = 1
         self._waiting = 0  # for a freeze to end
         self._lasting = attributes_lasting(LIVE_S)
@@ -90,8 +84,10 @@ class LiveMount(pyfuse3.Operations):
         await pyfuse3.main(max_tasks=TASKS)
 
     def answered(self) -> None:
-        """Items are opened again for any question, so after any there may be too many."""
+        """What is held by no descriptor is opened again for any question, so after any there may be
+        too many."""
         self._inodes.trim()
+        self._files.trim()
 
     def expect_news(self) -> None:
         """A sync made a snapshot: show it."""
@@ -102,7 +98,7 @@ class LiveMount(pyfuse3.Operations):
         with self.turns.away():
             return await trio.to_thread.run_sync(question, *args)
 
-    def _handle(self, of: OpenFile | Names | Opened) -> int:
+    def _handle(self, of: OpenFile | Opened) -> int:
         self._next_handle += 1
         self._handles[self._next_handle] = of
         return self._next_handle
@@ -190,10 +186,10 @@ class LiveMount(pyfuse3.Operations):
         item = self._live(inode)
         wanted = _wanted(attr, fields)
         opened = self._handles.get(fh) if fh is not None else None
-        fd = opened.fd if isinstance(opened, OpenFile) else -1
         with self._inodes.using(item):
             if wanted.size is not None:
                 await self._keep(item, wanted.size, os.fstat(item.fd).st_size)
+            fd = self._files.fd(opened) if isinstance(opened, OpenFile) else -1
             status = self._tree.set_attributes(item, fd, wanted, _by(ctx))
         return fill(self._lasting, item.shown, status)
 
@@ -290,56 +286,14 @@ class LiveMount(pyfuse3.Operations):
         if inode >> NUMBER_BITS:
             return self._handle(await self._side(inode).opendir(inode, ctx))
         item = self._inodes.get(inode)
-        return self._handle(Names(item))
-
-    def _names_in(self, directory: Inode) -> list[bytes]:
-        names = [b".", b"..", *list_names(directory)]
-        if directory.number == ROOT and self._backups is not None and SNAPSHOTS not in names:
-            names.append(SNAPSHOTS)
-        return names
+        return self._handle(LiveNames(item, self._inodes, self._backups, self._lasting))
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         """Names with their attributes from a position on, as many as the kernel has room for."""
         listing = self._handles[fh]
-        if not isinstance(listing, Names):
-            assert not isinstance(listing, OpenFile)
-            await listing.list(start_id, token)
-            return
-        names = listing.names
-        if names is None or start_id == 0:
-            names = listing.names = self._names_in(self._inodes.opened(listing.inode))
-        for position in range(start_id, len(names)):
-            name = names[position]
-            if name in (b".", b".."):
-                if not self._list_dots(listing.inode, name, token, position + 1):
-                    return
-            elif not self._list_one(listing.inode, name, token, position + 1):
-                return
-            self._inodes.trim()
-
-    def _list_one(self, directory: Inode, name: bytes, token: ReaddirToken, cookie: int) -> bool:
-        try:
-            inode, status = self._inodes.look_up(directory, name)
-        except FileNotFoundError:
-            if name == SNAPSHOTS and self._backups is not None:
-                attributes = self._backups.enter(directory)
-                return pyfuse3.readdir_reply(token, name, attributes, cookie)
-            return True  # removed since the directory was opened
-        attributes = fill(self._lasting, inode.number, status)
-        if not pyfuse3.readdir_reply(token, name, attributes, cookie):
-            self._inodes.release(inode)
-            return False
-        inode.lookups += 1
-        return True
-
-    def _list_dots(self, inode: Inode, name: bytes, token: ReaddirToken, cookie: int) -> bool:
-        """The directory itself and the one above: the kernel is not told of them."""
-        status = os.fstat(self._inodes.opened(inode).fd)
-        if name == b".." and inode.number != ROOT:
-            status = os.stat(b"..", dir_fd=inode.fd)
-        number = status.st_ino
-        return pyfuse3.readdir_reply(token, name, fill(self._lasting, number, status), cookie)
+        assert not isinstance(listing, OpenFile)
+        await listing.list(start_id, token)
 
     @answering
     async def releasedir(self, fh: int) -> None:
@@ -350,7 +304,7 @@ class LiveMount(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Flush a directory."""
         listing = self._handles[fh]
-        if not isinstance(listing, Names):
+        if not isinstance(listing, LiveNames):
             return  # nothing in there is ever dirty
         with self._inodes.using(self._inodes.opened(listing.inode)):
             await self._in_thread(_flush_directory, listing.inode.proc)
@@ -377,13 +331,13 @@ class LiveMount(pyfuse3.Operations):
         """Bytes of a file."""
         opened = self._handles[fh]
         if not isinstance(opened, OpenFile):
-            assert not isinstance(opened, Names)
             return await opened.read(off, size)
+        fd = self._files.fd(opened)
         if opened.nowait:
             try:
                 # The answer is sent before anything else runs, so one buffer serves all.
-                got = os.preadv(opened.fd, [self._buffer[:size]], off, os.RWF_NOWAIT)
-                if got == size or (got and off + got >= os.fstat(opened.fd).st_size):
+                got = os.preadv(fd, [self._buffer[:size]], off, os.RWF_NOWAIT)
+                if got == size or (got and off + got >= os.fstat(fd).st_size):
                     return self._buffer[:got]
             except BlockingIOError:
                 pass
@@ -391,11 +345,10 @@ class LiveMount(pyfuse3.Operations):
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
                 opened.nowait = False
-            else:
-                return await self._in_thread(os.pread, opened.fd, size, off)
-        if opened.nowait:
-            return await self._in_thread(os.pread, opened.fd, size, off)
-        return self._buffer[: os.preadv(opened.fd, [self._buffer[:size]], off)]
+        if not opened.nowait:
+            return self._buffer[: os.preadv(fd, [self._buffer[:size]], off)]
+        with self._files.using(opened):
+            return await self._in_thread(os.pread, fd, size, off)
 
     @answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -413,7 +366,8 @@ class LiveMount(pyfuse3.Operations):
         opened = self._handles[fh]
         if not isinstance(opened, OpenFile):
             return  # nothing of it is ever dirty
-        await self._in_thread(os.fdatasync if datasync else os.fsync, opened.fd)
+        with self._files.using(opened) as fd:
+            await self._in_thread(os.fdatasync if datasync else os.fsync, fd)
 
     @answering
     async def release(self, fh: int) -> None:
@@ -423,8 +377,8 @@ class LiveMount(pyfuse3.Operations):
     async def _close(self, fh: int) -> None:
         opened = self._handles.pop(fh, None)
         if isinstance(opened, OpenFile):
-            self._tree.close(opened)
-        elif opened is not None and not isinstance(opened, Names):
+            self._files.close(opened)
+        elif opened is not None:
             await opened.close()
 
     async def flush(self, fh: int) -> None:

@@ -32,6 +32,7 @@ from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.live import calls
 from cloudfs.fuse.live.backups import Backups
 from cloudfs.fuse.live.control import Control, Terms
+from cloudfs.fuse.live.files import OpenFiles
 from cloudfs.fuse.live.inodes import Inode, Inodes
 from cloudfs.fuse.live.job import LiveJob
 from cloudfs.fuse.live.operations import LiveMount
@@ -45,7 +46,8 @@ _SYSTEM = ("/proc", "/sys", "/run", "/etc", "/usr", "/lib")
 """Below these lies what programs and libraries look for, on whatever mounts."""
 
 SPARE_FILES = 1024
-"""Descriptors that are left for open files, at the least, when many items are known."""
+"""Descriptors that are left for all else when many items are known and many files open: threads,
+tables, backups that are looked at."""
 
 
 def serve(job: LiveJob, ready: Callable[[], None]) -> None:
@@ -66,9 +68,10 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     os.umask(0)
     os.setgroups([])  # whoever asks is in none of them: see By.keeps_setgid
     limit = calls.raise_file_limit()
-    inodes = Inodes(source_fd, max(limit // 2, limit - 400_000, SPARE_FILES))
+    inodes = Inodes(source_fd, limit // 2)
+    files = OpenFiles(inodes, limit - min(SPARE_FILES, limit // 4))
     tracker = Tracker(marks, job.block_size)
-    tree = LiveTree(inodes, tracker if job.tracking else None)
+    tree = LiveTree(inodes, files, tracker if job.tracking else None)
     backups = None
     if job.backups is not None:
         backups = Backups(job.backups, inodes, os.fsencode(job.source))

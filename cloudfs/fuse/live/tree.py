@@ -20,12 +20,15 @@ from typing import NamedTuple
 import pyfuse3
 
 from cloudfs.fuse.live import calls
+from cloudfs.fuse.live.files import OpenFile, OpenFiles
 from cloudfs.fuse.live.freeze import AT_ONCE, CHUNK, Freeze
 from cloudfs.fuse.live.inodes import Inode, Inodes
 from cloudfs.fuse.live.tracking import Tracker
 
 _NOT_PASSED_ON = os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_DIRECT | os.O_TRUNC
 """What the kernel has seen to before it asks; appended data comes with the offset where it goes."""
+
+RENAME_EXCHANGE = 2
 
 ACCESS_LIST = b"system.posix_acl_access"
 
@@ -54,16 +57,6 @@ class By(NamedTuple):
 
 
 @dataclass(slots=True)
-class OpenFile:
-    """An open file of the live tree."""
-
-    inode: Inode
-    fd: int
-    keeps_privileges: bool
-    nowait: bool = True  # whether the file system can say that a read would have to wait
-
-
-@dataclass(slots=True)
 class Wanted:
     """Attributes that are to be set; None: as they are. Times in ns."""
 
@@ -78,9 +71,10 @@ class Wanted:
 class LiveTree:
     """The tree beneath the mount. For the thread that serves the kernel."""
 
-    def __init__(self, inodes: Inodes, tracker: Tracker | None) -> None:
+    def __init__(self, inodes: Inodes, files: OpenFiles, tracker: Tracker | None) -> None:
         """Without a tracker nothing is marked (to measure what marking costs)."""
         self.inodes = inodes
+        self.files = files
         self.tracker = tracker
         self.freeze: Freeze | None = None
         self._caller = calls.Caller()
@@ -95,6 +89,7 @@ class LiveTree:
         freeze = self.freeze
         if freeze is None:
             return end
+        self.inodes.opened(inode)
         until = min(end, start + AT_ONCE * CHUNK)
         missing = freeze.missing(inode, start, until)
         if missing:
@@ -160,14 +155,14 @@ class LiveTree:
         """Make a file and open it. The kernel has found that there is none of that name."""
         self._name(parent, name, None)
         self._caller.own_as(by.uid, by.gid)
-        made = (flags & ~_NOT_PASSED_ON) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = os.open(name, made, mode, dir_fd=parent.fd)
+        passed = _passed_on(flags)
+        fd = os.open(name, passed | os.O_CREAT | os.O_EXCL, mode, dir_fd=parent.fd)
         try:
             inode, status = self._made(parent, name)
         except BaseException:
             os.close(fd)
             raise
-        return self._opened(inode, fd, by), status
+        return self._opened(inode, fd, passed, by), status
 
     def link(self, inode: Inode, parent: Inode, name: bytes) -> os.stat_result:
         """Give an item one more name."""
@@ -192,9 +187,14 @@ class LiveTree:
         with self._standing(parent, name) as child:
             self._name(parent, name, child)
             if child is not None:
-                others = not child.is_dir and os.fstat(child.fd).st_nlink > 1
-                self._item(child, marked=others)
+                self._item(child, marked=not _is_last_name(child))
+                self._lose(child)
             yield
+
+    def _lose(self, child: Inode) -> None:
+        """A name of an item is about to go."""
+        if self.freeze is not None and _is_last_name(child):
+            self.freeze.lose(child)
 
     @contextlib.contextmanager
     def _standing(self, parent: Inode, name: bytes) -> Iterator[Inode | None]:
@@ -226,6 +226,8 @@ class LiveTree:
                     self._item(inode)
                     if inode.is_dir and self.freeze is not None:
                         self.freeze.moved_directory()
+            if replaced is not None and not flags & RENAME_EXCHANGE:
+                self._lose(replaced)
             calls.rename(old_parent.fd, old, new_parent.fd, new, flags)
 
     # -- items ---------------------------------------------------------------------------------
@@ -282,33 +284,36 @@ class LiveTree:
 
     def open(self, inode: Inode, flags: int, by: By) -> OpenFile:
         """Open a file. With O_TRUNC, :meth:`keep` comes first."""
-        if flags & os.O_TRUNC:
+        passed = _passed_on(flags)
+        cut = flags & os.O_TRUNC
+        if cut:
             self._cut(inode, 0)
             self._caller.keep_privileges(by.keeps_privileges)
-            passed = (flags & ~_NOT_PASSED_ON) | os.O_TRUNC
-        else:
-            passed = flags & ~_NOT_PASSED_ON
-        return self._opened(inode, os.open(inode.proc, passed | os.O_CLOEXEC), by)
+        return self._opened(inode, os.open(inode.proc, passed | cut), passed, by)
 
-    def _opened(self, inode: Inode, fd: int, by: By) -> OpenFile:
-        inode.uses += 1
-        return OpenFile(inode, fd, by.keeps_privileges)
-
-    def close(self, opened: OpenFile) -> None:
-        """Close a file."""
-        os.close(opened.fd)
-        self.inodes.unuse(opened.inode)
+    def _opened(self, inode: Inode, fd: int, flags: int, by: By) -> OpenFile:
+        return self.files.add(inode, fd, flags, keeps_privileges=by.keeps_privileges)
 
     def write(self, opened: OpenFile, offset: int, data: bytes) -> int:
         """Write; returns how many bytes. :meth:`keep` comes first."""
+        fd = self.files.fd(opened)
         inode, end = opened.inode, offset + len(data)
         tracker = self.tracker
         if tracker is not None and data and not tracker.covers(inode, offset, end):
-            tracker.data(inode, offset, end, os.fstat(inode.fd).st_size)
+            tracker.data(inode, offset, end, os.fstat(fd).st_size)
         if self.freeze is not None:
-            self.freeze.keep_row(inode)
+            self.freeze.keep_row(self.inodes.opened(inode))
         self._caller.keep_privileges(opened.keeps_privileges)
-        return os.pwrite(opened.fd, data, offset)
+        return os.pwrite(fd, data, offset)
+
+
+def _is_last_name(inode: Inode) -> bool:
+    return inode.is_dir or os.fstat(inode.fd).st_nlink == 1
+
+
+def _passed_on(flags: int) -> int:
+    """What a file is opened with beneath."""
+    return flags & ~_NOT_PASSED_ON | os.O_CLOEXEC
 
 
 def _set(inode: Inode, wanted: Wanted) -> None:
