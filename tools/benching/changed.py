@@ -139,9 +139,7 @@ class Changes:
         if written_out:
             settle(self.tree)
 
-    def _sync(
-        self, cloudfs: Cloudfs, source: str, asked: Asked, *, at_once: bool = False
-    ) -> None:
+    def _sync(self, cloudfs: Cloudfs, source: str, asked: Asked, *, at_once: bool = False) -> None:
         """One sync; at once: before what changed was written out."""
         self._change(written_out=not at_once)
         figure = "sync at once" if at_once else "sync"
