@@ -12,12 +12,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cloudfs.cli.errors import EXIT_CODES
 from cloudfs.core.errors import CloudfsError, SourceError, UsageError
+from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.daemon import Daemon
 from cloudfs.source.live import session
 from cloudfs.source.live.client import NotMounted
@@ -26,7 +28,7 @@ from tests.engine import btrfs, loops
 from tests.engine.living import Living, living
 from tests.engine.rig import contents_of_tree, difference
 from tests.engine.test_live import Meanwhile
-from tests.posix.mounts import few_descriptors
+from tests.posix.mounts import few_descriptors, job
 
 KIB, MIB = 1 << 10, 1 << 20
 LONG_S = 60.0
@@ -581,6 +583,22 @@ def test_mounts_of_two_trees_end_each_by_itself(base: Path) -> None:
 
 
 # -- what a sync reads -----------------------------------------------------------------------------
+
+
+def test_mounts_made_at_the_same_moment_end_each_by_itself(tmp_path: Path) -> None:
+    """Neither is held by what the other's process saw when it left its own mount behind."""
+    jobs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        jobs.append(job(tmp_path / name, tmp_path / f"state-{name}"))
+    for _ in range(10):
+        daemons = [Daemon(), Daemon()]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda daemon, wanted: daemon.mount(wanted), daemons, jobs))
+        for wanted in jobs:
+            places.unmount(wanted.mountpoint)
+        for daemon in daemons:
+            daemon.wait(10)
 
 
 def test_what_was_written_through_mappings_is_there_before_the_freeze(rig: Living) -> None:

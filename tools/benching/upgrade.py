@@ -18,7 +18,11 @@ STEP = "6.1 becomes 6.12, on btrfs"
 
 
 def upgrade(base: Path, programs: list[Program], results: Results) -> None:
-    """cloudfs by btrfs and by a scan, and the peers, all on one subvolume."""
+    """cloudfs by btrfs and by a scan, and the peers, all on one subvolume.
+
+    Nothing of the tree is in memory when a backup begins: what was just written would be there for
+    who reads the tree, and not for who reads a snapshot of it, which has pages of its own.
+    """
     old, new = data.kernel(base, "6.1"), data.kernel(base, "6.12")
     programs = [*ways(base, programs), *(p for p in programs if not isinstance(p, Cloudfs))]
     with volume(base, "btrfs", ROOM) as tree:
@@ -49,3 +53,4 @@ def ways(base: Path, programs: list[Program]) -> list[Program]:
 def _becomes(tree: Path, version: Path) -> None:
     quietly("rsync", "-a", "--delete", f"--exclude=/{SNAPSHOTS}", f"{version}/", f"{tree}/")
     settle(tree)
+    Path("/proc/sys/vm/drop_caches").write_text("3")

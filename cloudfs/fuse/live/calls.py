@@ -12,7 +12,9 @@ import ctypes
 import os
 import resource
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+
+from cloudfs.fuse import mountpoint as places
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _renameat2 = _libc.renameat2
@@ -123,13 +125,14 @@ class MountNamespace:
             raise _error()
 
 
-def leave_mount(path: str, others: Iterable[str] = ()) -> None:
+def leave_mount(path: str, is_useless: Callable[[str], bool] | None = None) -> None:
     """Let this process, and it alone, see what lies beneath the mount at ``path``.
 
     So nothing that it opens by a path (its log, its state) can lead to a question that only it
     could answer. Mounts that others make are still seen where mounts are shared. Where they are
-    not, those that are there now stay here after they were unmounted: ``others`` are left too.
-    Call it before there are threads. Raises OSError.
+    not, those that are there now stay here after they were unmounted, so the useless ones are left
+    too: the list is that of the copy, since another mount may have been made just before. Call it
+    before there are threads. Raises OSError.
     """
     if (
         _libc.unshare(_CLONE_NEWNS)
@@ -137,8 +140,10 @@ def leave_mount(path: str, others: Iterable[str] = ()) -> None:
         or _libc.umount2(os.fsencode(path), _MNT_DETACH)
     ):
         raise _error()
-    for other in others:
-        _libc.umount2(os.fsencode(other), _MNT_DETACH)  # one that is gone need not be left
+    if is_useless is not None:
+        for other in reversed(places.all_mountpoints()):
+            if is_useless(other):
+                detach(other)  # one that is gone need not be left
 
 
 def replace_mount(place: str, mountpoint: str) -> bool:

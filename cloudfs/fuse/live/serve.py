@@ -85,14 +85,14 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         source=os.fsencode(job.source),
     )
     place = _beside(directory) if covered else job.mountpoint
-    useless = _elsewhere(job)  # before there is a mount that looking there could lead to
+    is_useless = _uselessness(job)  # before there is a mount that looking there could lead to
     init(mount, place, _options(job))
     device = places.device_of(place) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
         if covered and not calls.replace_mount(place, job.mountpoint):
             covered = ""
-        calls.leave_mount(job.mountpoint, useless)
+        calls.leave_mount(job.mountpoint, is_useless)
         inodes.enter(_open_source(job.source))
         tracker.begin(boot_id(), _identity(inodes.root.fd), device, covered)
         if not job.tracking:
@@ -205,8 +205,8 @@ def _beside(directory: Path) -> str:
     return str(place)
 
 
-def _elsewhere(job: LiveJob) -> list[str]:
-    """The mounts of the machine that this process has no use for, newest first.
+def _uselessness(job: LiveJob) -> Callable[[str], bool]:
+    """What says of the places of mounts whether this process has no use for them.
 
     Held by its namespace, they would stay after they were unmounted: a file system would be busy
     for as long as the live mount is there, and the process of another mount would not end.
@@ -220,12 +220,12 @@ def _elsewhere(job: LiveJob) -> list[str]:
         wanted += [str(given.cache_dir), str(given.state_dir), given.url.removeprefix("file://")]
     paths = [os.path.realpath(path) + "/" for path in wanted if path.startswith("/")]
     whole = tuple(os.path.realpath(path) + "/" for path in (job.source, *_SYSTEM))
-    return [
-        place
-        for place in reversed(places.all_mountpoints())
-        if not (place + "/").startswith(whole)
-        and not any(path.startswith(place.rstrip("/") + "/") for path in paths)
-    ]
+
+    def is_useless(place: str) -> bool:
+        within = (place + "/").startswith(whole)
+        return not within and not any(path.startswith(place.rstrip("/") + "/") for path in paths)
+
+    return is_useless
 
 
 def _open_source(source: str) -> int:
