@@ -49,6 +49,7 @@ class FileData:
         self.lin = lin
         self.base_lin = base_lin
         self.own = base_lin == lin  # what is known from before is this file's own past
+        self.old_size = -1  # in bytes, where it was looked up
         self.torn = False  # the file was shorter than it said
         self.before: dict[int, bytes] = {}  # location records by base
         self.offered: dict[int, bytes] = {}  # the same, from a sync that did not end
@@ -65,16 +66,21 @@ class FileData:
         low, high = first * block_size, (first + count) * block_size
         return _meets(self._extents, self._starts, low, high)
 
+    def unchanged(self, first: int, count: int, block_size: int) -> bool:
+        """Whether a source told that nothing changed in ``count`` blocks."""
+        if self._ranges is None:
+            return False
+        low, high = first * block_size, (first + count) * block_size
+        return not _meets(self._ranges, self._changes, low, high)
+
     def kept(self, old: bytes, first: int, count: int, block_size: int) -> bool:
         """Whether ``count`` blocks from block ``first`` on are surely as ``old``, their records,
         says: a source told that nothing in them changed, and they are as long as they were."""
-        if self._ranges is None or len(old) != count * LOCATION.size:
-            return False
-        low, high = first * block_size, min((first + count) * block_size, self.status.size)
-        if _meets(self._ranges, self._changes, low, (first + count) * block_size):
+        if len(old) != count * LOCATION.size or not self.unchanged(first, count, block_size):
             return False
         last = old[-LOCATION.size :]
-        length = high - (first + count - 1) * block_size
+        end = min((first + count) * block_size, self.status.size)
+        length = end - (first + count - 1) * block_size
         return last == HOLE_RECORD or last[_LENGTH:_DIGEST] == length.to_bytes(4, "little")
 
 
@@ -123,6 +129,8 @@ class DataReader:
             old = data.before.pop(number, b"")
             if data.kept(old, start, blocks, block_size):
                 continue
+            if not old and self._stays_hole(data, start, blocks):
+                continue
             if not data.has_data(start, blocks, block_size):
                 if old and data.own:
                     changed.append(Base(data.lin, number, []))
@@ -156,7 +164,9 @@ class DataReader:
             if data.kept(old[place], start + index, 1, block_size):
                 base.records[index] = old[place]
                 continue
-            if not data.has_data(start + index, 1, block_size):
+            if not data.has_data(start + index, 1, block_size) or (
+                not old and self._stays_hole(data, start + index, 1)
+            ):
                 hole(base, index)
                 continue
             target = packer.room(length)
@@ -174,6 +184,20 @@ class DataReader:
                 self.packs_adopted.add(offered[place][:16])
             else:
                 packer.keep(base, index, length, digest)
+
+    def _stays_hole(self, data: FileData, first: int, count: int) -> bool:
+        """Whether ``count`` blocks without records are surely the hole that they were: a source
+        told that nothing in them changed, and the file reached beyond them already.
+
+        What lies there now may be younger than what is backed up, where that is a tree that stands
+        frozen: of it nothing was kept but what the source told.
+        """
+        if not data.unchanged(first, count, self._block_size):
+            return False
+        if data.old_size < 0:
+            meta = self._view.meta(data.lin) if data.own and self._view is not None else None
+            data.old_size = meta.size if meta is not None else 0
+        return min((first + count) * self._block_size, data.status.size) <= data.old_size
 
     def take_small(self, block: memoryview, lin: int, base_lin: int) -> list[Base]:
         """Take a file of at most one block, read into the packer's room; as :meth:`read` does."""

@@ -641,6 +641,33 @@ def test_a_directory_made_anew_since_the_freeze_is_not_the_one_that_is_read(
     sync_by_marks(rig)
 
 
+@pytest.mark.parametrize("size", [0, 300 * KIB])
+def test_what_was_a_hole_at_the_freeze_is_one(rig: Living, meanwhile: Meanwhile, size: int) -> None:
+    """Of a block that was not marked nothing is kept, so it must not be read though it has data by
+    now: neither in a base of blocks that has some on record, nor in one that has none."""
+    sparse = rig.tree / "sparse"
+    sparse.write_bytes(b"x" * size)
+    os.truncate(sparse, 40 * MIB)
+    rig.sync()
+
+    def overwrite(at: int) -> None:
+        with sparse.open("r+b") as file:
+            file.seek(at)
+            file.write(b"written")
+
+    overwrite(30 * MIB)
+    model = contents_of_tree(rig.tree)
+    meanwhile.when_frozen = lambda: [
+        overwrite(at) for at in (0, MIB, 20 * MIB, 30 * MIB + 64 * KIB)
+    ]
+    made = rig.sync().snapshot
+    assert made is not None
+    assert made.consistent
+    assert not difference(last_contents(rig), model)
+    meanwhile.when_frozen = lambda: None
+    sync_by_marks(rig)
+
+
 def test_the_first_backup_is_one_point_in_time(rig: Living, meanwhile: Meanwhile) -> None:
     paths = fill(rig, 60)
     model = contents_of_tree(rig.tree)
