@@ -200,7 +200,7 @@ def test_a_snapshot_says_that_it_is_none(base: Path, meanwhile: Meanwhile) -> No
         made = rig.sync().snapshot
         assert made is not None
         assert not made.consistent
-        assert any("not one point in time" in note for note in rig.notes)
+        assert any("point in time: the room for" in note for note in rig.notes)
         meanwhile.when_frozen = lambda: None
         rig.sync(force=True)
         assert not rig.notes
@@ -230,7 +230,7 @@ def test_nobody_is_refused_who_removes_much(
         made = rig.sync().snapshot
         assert made is not None
         assert not made.consistent
-        assert any("not one point in time" in note for note in rig.notes)
+        assert any("point in time: so much was removed" in note for note in rig.notes)
         meanwhile.when_frozen = lambda: shutil.rmtree(rig.tree / "d0")
         made = rig.sync(force=True).snapshot
         assert made is not None

@@ -160,7 +160,7 @@ class Control:
             self._tree.inodes.root.fd,
             freeze.touched_fd if freeze is not None else -1,
             error,
-            freeze.consistent if freeze is not None else True,
+            freeze.given_up if freeze is not None else "",
         )
 
     @property

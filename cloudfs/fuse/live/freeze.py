@@ -76,7 +76,7 @@ class Freeze:
         """``wanted``: what will be read (None: anything). ``waits``: see rule 5. ``store_fd`` opens
         a nameless file for chunks."""
         self.number = number
-        self.consistent = True
+        self.given_up = ""  # why it is no point in time any more
         self.ended = trio.Event()
         self._inodes = inodes
         self._room = room_bytes
@@ -110,7 +110,7 @@ class Freeze:
 
     def keep_row(self, inode: Inode) -> None:
         """An item's attributes are about to change."""
-        if inode.number in self.rows or not self.holds(inode) or not self.consistent:
+        if inode.number in self.rows or not self.holds(inode) or self.given_up:
             return
         self._touched.add(inode.ino)
         self._pin(inode)
@@ -123,7 +123,7 @@ class Freeze:
     def keep_name(self, directory: Inode, name: bytes, child: Inode | None) -> None:
         """A name is about to stand for something else, or for nothing; ``child`` is what it stands
         for now."""
-        if not self.holds(directory) or not self.consistent:
+        if not self.holds(directory) or self.given_up:
             return
         names = self.names.setdefault(directory.number, {})
         if name in names:
@@ -140,7 +140,7 @@ class Freeze:
 
     def lose(self, inode: Inode) -> None:
         """An item is about to lose its last name."""
-        if self.consistent and self.holds(inode):
+        if not self.given_up and self.holds(inode):
             self._gone.append(inode)
             if len(self._gone) > self._most_gone:
                 self.give_up("so much was removed that not all of it can be held open")
@@ -158,7 +158,7 @@ class Freeze:
 
         For some AT_ONCE chunks at the most; see :meth:`LiveTree.keep`.
         """
-        if not self.holds(inode) or not self.consistent or not inode.is_file:
+        if not self.holds(inode) or self.given_up or not inode.is_file:
             return []
         row = self.rows.get(inode.number)
         size = row.status.st_size if row is not None else os.fstat(inode.fd).st_size
@@ -195,12 +195,14 @@ class Freeze:
 
     def keep_chunks(self, inode: Inode, chunks: list[int]) -> None:
         """Keep chunks of a file. Raises Full."""
-        if not self.consistent:
+        if self.given_up:
             return
         if self._kept_bytes + len(chunks) * CHUNK > self._room:
             if self._waits:
                 raise Full
-            self.give_up("the room for what is overwritten meanwhile is full")
+            self.give_up(
+                "the room for what is overwritten is full; see kept_room in cloudfs-policy(5)"
+            )
             return
         self._touched.add(inode.ino)
         try:
@@ -234,9 +236,9 @@ class Freeze:
 
     def give_up(self, why: str) -> None:
         """What is frozen is no longer one point in time."""
-        if self.consistent:
+        if not self.given_up:
             log.error("The freeze is given up as a point in time: %s", why)
-        self.consistent = False
+        self.given_up = self.given_up or why
         self._touched.all()
         for inode in self._gone:
             self._inodes.abandon(inode)
@@ -281,7 +283,7 @@ class Freeze:
 
     def end(self) -> None:
         """Let go of all that was kept, and of who waits."""
-        self.consistent = False
+        self.given_up = self.given_up or "it has ended"
         self._close_readers()
         if self._store >= 0:
             os.close(self._store)

@@ -70,7 +70,7 @@ class Answer(msgspec.Struct, frozen=True):
     top_fd: int = -1  # descriptors of that process: of the tree beneath, of what was touched
     touched_fd: int = -1
     error: str = ""
-    consistent: bool = True  # whether what is frozen is one point in time still
+    given_up: str = ""  # why what is frozen is no longer one point in time
 
 
 class Directory(msgspec.Struct, frozen=True, tag=True):

@@ -140,12 +140,9 @@ def _changelist(line: Line) -> tuple[Changelist | None, str]:
 def _still_there(line: Line, found: Ready) -> None:
     """Whether what was read was frozen until now. Raises SourceError."""
     answer = line.ask(Question("state"))
-    found.consistent = answer.consistent
-    if not answer.consistent:
-        found.notes.append(
-            "the snapshot is not one point in time: the room for what was overwritten meanwhile"
-            " was full. See kept_room in cloudfs-policy(5)."
-        )
+    found.consistent = not answer.given_up
+    if answer.given_up:
+        found.notes.append(f"the snapshot is not one point in time: {answer.given_up}.")
 
 
 def _confirm(line: Line, record: SnapshotRecord, top: bytes) -> None:
