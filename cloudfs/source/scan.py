@@ -99,9 +99,12 @@ class Scanner:
     unlisted: list[tuple[bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
     _mask: int = field(init=False, default=-1)
+    _mount_dev: int = field(init=False, default=0)  # the device of a live mount
 
     def __post_init__(self) -> None:
         self._mask = self.roots.reader().inode_mask
+        if self.roots.beneath is not None:
+            self._mount_dev = os.fstat(self.roots.fd_of(b"")[0]).st_dev
         if self.filters.excludes:
             self._matcher = Matcher(self.filters.excludes)
 
@@ -145,7 +148,10 @@ class Scanner:
         if beneath is not None:
             before = len(self.unlisted)
             with contextlib.suppress(OSError, TouchedSince):
-                return self._visit(lin, path, record, inode, (beneath.fd, below), -1)
+                found = self._visit(lin, path, record, inode, (beneath.fd, below), -1)
+                if found is not None:
+                    found.dev = self._mount_dev  # by which files of several names are known
+                return found
             del self.unlisted[before:]
         return self._visit(lin, path, record, inode, (root_fd, below), self._mask)
 

@@ -641,6 +641,26 @@ def test_a_directory_made_anew_since_the_freeze_is_not_the_one_that_is_read(
     sync_by_marks(rig)
 
 
+def test_names_of_a_file_are_one_file_however_they_are_read(
+    rig: Living, meanwhile: Meanwhile
+) -> None:
+    """One directory is read beneath the mount, the other through it, as it was touched."""
+    paths = [rig.tree / name / "file" for name in ("a", "b", "c")]
+    for path in paths:
+        path.parent.mkdir()
+    paths[0].write_bytes(b"content")
+    for again in (0, 1):  # a first backup, and one whose records are made anew
+        if again:
+            rig.unmount()
+            rig.forget_local()
+            rig.mount()
+        os.link(paths[0], paths[1 + again])
+        model = contents_of_tree(rig.tree)
+        meanwhile.when_frozen = lambda: (rig.tree / "b" / "new").write_bytes(b"new")
+        rig.sync()
+        assert not difference(last_contents(rig), model)
+
+
 @pytest.mark.parametrize("size", [0, 300 * KIB])
 def test_what_was_a_hole_at_the_freeze_is_one(rig: Living, meanwhile: Meanwhile, size: int) -> None:
     """Of a block that was not marked nothing is kept, so it must not be read though it has data by
