@@ -6,7 +6,7 @@ def main() -> None:
     import gc
     import sys
 
-    # Looking for circles that are no longer used is a tenth of the time of a small sync.
+    # By default, circles that are no longer used are looked for fifty times while a sync imports.
     gc.set_threshold(100_000, 20, 100)
 
     from cloudfs.cli.main import run

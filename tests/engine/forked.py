@@ -141,7 +141,8 @@ def _have_few_descriptors() -> None:
 
     calls.raise_file_limit = lambda: 8
     files._AT_ONCE = inodes._EVICTED_AT_ONCE = 1
-    freeze.Freeze.lose = lambda _self, _inode: None  # type: ignore[method-assign]  # not so few
+    # By this limit a freeze would be given up with the second item removed: it is not to be.
+    freeze.Freeze.lose = lambda _self, _inode: None  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def drop_snapshots(tree: Path) -> None:
 def drop_deleted(tree: Path) -> None:
     """Wait until nothing is left of the snapshots that were deleted."""
     if (tree / SNAPSHOTS).exists():
+        quietly("btrfs", "filesystem", "sync", tree)  # which wakes who clears them away
         quietly("btrfs", "subvolume", "sync", tree)
 
 
