@@ -126,8 +126,11 @@ class Hands:
     def copy_range(self, a: list[bytes], b: list[bytes], size: int) -> None:
         with self.file(a, os.O_RDONLY) as source, self.file(b, os.O_WRONLY) as target:
             if source >= 0 and target >= 0:
+                done = 0
                 with contextlib.suppress(OSError):  # within one file, overlapping
-                    os.copy_file_range(source, target, size, 0, 0)
+                    # Where blocks are shared, whole ones go first, and fewer bytes than asked.
+                    while got := os.copy_file_range(source, target, size - done, done, done):
+                        done += got
 
     def clone(self, a: list[bytes], b: list[bytes]) -> None:
         """Or copy, where the file system cannot."""
