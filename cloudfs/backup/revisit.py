@@ -51,6 +51,7 @@ class Revisit(Walk):
         self._known_names = Known(self._state, self._view, self._same_directory)
         self._taken: set[int] = set()
         self._moved: dict[int, bytes] = {}  # where directories that moved are now
+        self._gone: dict[int, DirChange] = {}  # changes in what is not there, as far as was seen
         self._stands: dict[tuple[int, bytes], bool] = {}
         if self._roots.many:
             self._visit_top()
@@ -76,8 +77,8 @@ class Revisit(Walk):
             for lin, change in further.items():
                 self._revisit_further(lin, change, later)
                 self._take_turns()
-            further = later
             self._settle(scan_parts, quota)
+            further = later | self._found_again()
         self._finish()
 
     def _linked(self) -> set[int]:
@@ -172,8 +173,9 @@ class Revisit(Walk):
         if path is None or self._scanner.leaves_out(path):
             return  # not in the last snapshot: what is above it is looked at whole
         above = self._known_names.above(lin, self._moved)
-        if not self.diff.vanished_directories().isdisjoint(above):
-            return  # gone, or with one above it
+        if any(self.diff.is_gone(at) for at in above):
+            self._gone[lin] = change
+            return
         for at in above:
             place = self._known_names.path(at, self._moved)
             if place and not self._same(at, place):
@@ -187,6 +189,17 @@ class Revisit(Walk):
                 return
         change.path = path
         self._revisit(lin, change)
+
+    def _found_again(self) -> dict[int, DirChange]:
+        """Changes in directories that seemed to be gone, and then appeared elsewhere."""
+        found = {
+            lin: change
+            for lin, change in self._gone.items()
+            if not any(self.diff.is_gone(at) for at in self._known_names.above(lin, self._moved))
+        }
+        for lin in found:
+            del self._gone[lin]
+        return found
 
     def _same(self, lin: int, path: bytes) -> bool:
         """Whether the directory on record stands at a path; asked of each once."""

@@ -109,6 +109,7 @@ class TreeDiff:
         self._kept_back: list[_Appeared] = []  # like something on record: may have moved
         self._vanished: dict[int, list[_Vanished]] = {}
         self._vanished_dirs: list[_Vanished] = []
+        self._went_with: dict[int, int] = {}  # vanished directory -> its parent; 0: by itself
         self._links: dict[tuple[int, int], int] = {}
         self._described: set[int] = set()  # LINs of several names that have an item
         self._alive: set[int] = set()
@@ -134,12 +135,14 @@ class TreeDiff:
             if item.stat.nlink > 1 and (item.directory.scan.dev, item.stat.ino) not in self._links
         }
 
-    def vanished_directories(self) -> set[int]:
-        """LINs of the directories that vanished and did not appear elsewhere up to now."""
-        vanished = {
-            item.lin for items in self._vanished.values() for item in items if item.stat.is_dir
-        }
-        return vanished - self._moved_dirs
+    def is_gone(self, lin: int) -> bool:
+        """Whether a directory vanished, or one above it with which it went, and did not appear
+        elsewhere up to now."""
+        while (parent := self._went_with.get(lin)) is not None and lin not in self._moved_dirs:
+            if not parent:
+                return True
+            lin = parent
+        return False
 
     # -- the first backup ----------------------------------------------------------------------
 
@@ -227,6 +230,10 @@ class TreeDiff:
         self._vanished.setdefault(item.stat.ino, []).append(item)
         if item.stat.is_dir:
             self._vanished_dirs.append(item)
+            if item.from_dead:
+                self._went_with.setdefault(item.lin, item.parent)
+            else:
+                self._went_with[item.lin] = 0
 
     # -- during the walk -----------------------------------------------------------------------
 
@@ -375,10 +382,8 @@ class TreeDiff:
         metas: dict[int, Meta] = {}
         entries: list[Entry] = []
         dead: list[int] = []
-        every = [item for items in self._vanished.values() for item in items]
-        gone = self._gone_directories(every)
-        for item in every:
-            if item.from_dead and item.parent not in gone:
+        for item in (item for items in self._vanished.values() for item in items):
+            if item.from_dead and not self.is_gone(item.parent):
                 continue  # its directory turned out to have moved; the visit there judged it
             if not item.replaced and not item.from_dead:
                 entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
@@ -391,21 +396,6 @@ class TreeDiff:
             metas[item.lin] = Meta(item.lin, snapshot, kind)
             self.tally.deleted += 1
         return [metas[lin] for lin in sorted(metas)], sorted(entries, key=_entry_order), dead
-
-    def _gone_directories(self, every: list[_Vanished]) -> set[int]:
-        """LINs of directories that are really gone, with all above them that vanished."""
-        gone: set[int] = set()
-        waiting = [item for item in every if item.stat.is_dir and item.lin not in self._alive]
-        # What went with a directory is gone only if that one is: from the top downwards.
-        while True:
-            more = [
-                item.lin
-                for item in waiting
-                if item.lin not in gone and (not item.from_dead or item.parent in gone)
-            ]
-            if not more:
-                return gone
-            gone.update(more)
 
 
 def _early_task(items: list[_Appeared]) -> DirTask:

@@ -160,6 +160,45 @@ def test_files_known_by_inode_alone(rig: Rig, tell: Tell) -> None:
     check(rig)
 
 
+def test_what_changed_deep_within_what_moved_into_something_new(rig: Rig, tell: Tell) -> None:
+    """When the new directory is looked at, all that the moved one held has vanished already."""
+    (rig.tree / "old/b/c").mkdir(parents=True)
+    (rig.tree / "old/b/c/file").write_text("before")
+    rig.sync()
+    file, directory = rig.tree / "old/b/c/file", rig.tree / "old/b/c"
+    file.write_text("after and longer")
+    directory.chmod(0o700)
+    inodes = {file.stat().st_ino: [(0, 4096)], directory.stat().st_ino: []}
+    (rig.tree / "new/newer").mkdir(parents=True)
+    os.rename(rig.tree / "old", rig.tree / "new/newer/moved")
+    tell(
+        Changelist([DirChange(b"", None, {b"old", b"new"}, inode=rig.tree.stat().st_ino)], inodes)
+    )
+    result = rig.sync()
+    assert (result.moved, result.deleted) == (1, 0)
+    check(rig)
+
+
+def test_what_changed_within_what_moves_when_others_are_looked_at(rig: Rig, tell: Tell) -> None:
+    """Where a directory went is seen only when a further name of a file is looked for."""
+    (rig.tree / "a/b").mkdir(parents=True)
+    (rig.tree / "z").mkdir()
+    (rig.tree / "a/b/file").write_text("before")
+    (rig.tree / "z/known").write_text("known")
+    rig.sync()
+    file = rig.tree / "a/b/file"
+    file.write_text("after and longer")
+    inodes = {file.stat().st_ino: [(0, 4096)], (rig.tree / "z").stat().st_ino: []}
+    os.rename(rig.tree / "a", rig.tree / "z/a")
+    (rig.tree / "z").rename(rig.tree / "y")
+    top = DirChange(b"", None, {b"a", b"z", b"y"}, inode=rig.tree.stat().st_ino)
+    there = DirChange(b"y", None, {b"a"}, inode=(rig.tree / "y").stat().st_ino)
+    tell(Changelist([top, there], inodes))
+    result = rig.sync()
+    assert (result.moved, result.deleted) == (2, 0)
+    check(rig)
+
+
 def test_data_that_changed_behind_the_same_times(rig: Rig, tell: Tell) -> None:
     """Where a source says so, data is compared though lstat says that nothing changed."""
     for name in ("told", "untold"):
