@@ -217,8 +217,10 @@ class Walk:
             return False
         try:
             fd = self._roots.open(path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True  # who visits it meets that too, and reports it
         try:
             born_ns = self._stat.of(fd).btime_ns
         finally:

@@ -128,6 +128,31 @@ def test_a_directory_that_could_not_be_listed_is_listed_next_time(
     check(rig)
 
 
+def test_a_directory_known_by_inode_that_cannot_be_opened_is_reported(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for one that is not on record, whose changes others see to."""
+    (rig.tree / "above/known").mkdir(parents=True)
+    (rig.tree / "above/known/file").write_text("before")
+    rig.sync()
+    (rig.tree / "above/known/file").write_text("after and longer")
+    inode = (rig.tree / "above/known").stat().st_ino
+    tell(Changelist([DirChange(b"above/known", None, {b"file"}, inode=inode)], {}))
+    real_open = os.open
+
+    def refusing(path: object, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == b"above/known":
+            raise PermissionError(13, "Permission denied")
+        return real_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing)
+        assert [path for path, _ in rig.sync().unreadable] == [b"above/known"]
+    tell(Changelist([], {}))
+    assert not rig.sync().unreadable
+    check(rig)
+
+
 def test_files_known_by_inode_alone(rig: Rig, tell: Tell) -> None:
     """All their names are found, wherever they moved with a directory."""
     (rig.tree / "a/b").mkdir(parents=True)
