@@ -247,9 +247,9 @@ class Freeze:
     # -- reading -------------------------------------------------------------------------------
 
     def status(self, inode: Inode) -> os.stat_result:
-        """What lstat said of an item."""
+        """What lstat said of an item. Raises OSError."""
         row = self.rows.get(inode.number)
-        return row.status if row is not None else os.fstat(inode.fd)
+        return row.status if row is not None else os.fstat(self._inodes.opened(inode).fd)
 
     def xattrs(self, inode: Inode) -> dict[bytes, bytes] | None:
         """The extended attributes that were kept; None where they are as they were."""
