@@ -13,8 +13,9 @@ The walk hands in every directory whose listing differs; this module decides whi
    far as anything can still have moved out of them).
 5. Appeared directories that match nothing are new, and visited; all in them has appeared.
 6. When nothing is left to visit, appeared files are matched: a further name of a file seen in this
-   walk (same device and inode, several links) is a hard link; one with the inode, type, size and
-   mtime of a vanished one has moved. The rest is new and gets LINs in the order of (parent, name),
+   walk (same device and inode, several links) is a hard link, by which what changed is seen if the
+   other name came from a record; one with the inode, type, size and mtime of a vanished one has
+   moved. The rest is new and gets LINs in the order of (parent, name),
    so that a directory's children lie side by side.
 7. What vanished and was not matched is deleted, unless another name of it was seen alive: a change
    of links changes ctime, so all other names of a file that lost one stand in changed listings.
@@ -31,6 +32,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from cloudfs.core.changes import (
     DirRecord,
@@ -112,6 +115,7 @@ class TreeDiff:
         self._went_with: dict[int, int] = {}  # vanished directory -> its parent; 0: by itself
         self._links: dict[tuple[int, int], int] = {}
         self._described: set[int] = set()  # LINs of several names that have an item
+        self._unmoved: dict[int, Stat] = {}  # of several names, which looked as on record under one
         self._alive: set[int] = set()
         self._moved_dirs: set[int] = set()
 
@@ -225,6 +229,8 @@ class TreeDiff:
             if doubtful:
                 changed.scan.ranges.pop(index, None)
             self.tally.changed += stat != old_stat
+        elif linked:
+            self._unmoved[lin] = stat
 
     def _vanish(self, item: _Vanished) -> None:
         self._vanished.setdefault(item.stat.ino, []).append(item)
@@ -331,10 +337,7 @@ class TreeDiff:
         directory, stat = item.directory, item.stat
         key = (directory.scan.dev, stat.ino)
         if stat.nlink > 1 and key in self._links:
-            directory.lins[item.index] = self._links[key]
-            directory.names.append(item.index)
-            directory.bases.pop(item.index, None)
-            self.tally.new += 1
+            self._judge_further_name(item, self._links[key])
             return
         lin = 0
         for old in self._vanished.get(stat.ino, ()):
@@ -353,6 +356,24 @@ class TreeDiff:
         if stat.nlink > 1:
             self._links[key] = lin
         self._place(item, lin)
+
+    def _judge_further_name(self, item: _Appeared, lin: int) -> None:
+        """A name that appeared, of a file that was seen under another one.
+
+        That one may come from a record, where nobody told of it: what changed is seen here then.
+        """
+        directory, index = item.directory, item.index
+        directory.lins[index] = lin
+        directory.names.append(index)
+        directory.bases.pop(index, None)
+        self.tally.new += 1
+        seen = self._unmoved.get(lin)
+        changed = seen is not None and replace(item.stat, name=seen.name) != seen
+        if changed and lin not in self._described:
+            self._described.add(lin)
+            directory.items.append(index)
+            if item.stat.is_file:
+                directory.bases[index] = lin
 
     def _same_file(self, old: Stat, new: Stat) -> bool:
         if self._stable_inodes:

@@ -113,6 +113,27 @@ def test_a_file_of_several_names_that_changed(rig: Rig, names: tuple[str, str], 
         sync_of_changes(rig)
 
 
+def test_a_file_of_several_names_that_changed_under_a_new_one(rig: Rig) -> None:
+    """The stream tells of the new name alone; the directory of the other is listed, but from the
+    record."""
+    (rig.tree / "d").mkdir()
+    first, second = rig.tree / "first", rig.tree / "d/second"
+    first.write_bytes(os.urandom(20_000))
+    os.link(first, second)
+    rig.sync()
+    for number in range(3):
+        moved = rig.tree / f"moved{number}"
+        first.rename(moved)
+        first = moved
+        if number != 1:
+            os.chown(first, number + 5, number + 5)
+        if number:
+            with first.open("r+b") as file:
+                file.write(b"%d" % number)
+        (rig.tree / "d/beside").write_text(f"{number}")
+        sync_of_changes(rig)
+
+
 def test_shared_extents(rig: Rig) -> None:
     """What shares its data with a file in the same snapshot is told as a clone of it."""
     for name in ("old", "older"):

@@ -196,9 +196,7 @@ def test_what_changed_deep_within_what_moved_into_something_new(rig: Rig, tell: 
     inodes = {file.stat().st_ino: [(0, 4096)], directory.stat().st_ino: []}
     (rig.tree / "new/newer").mkdir(parents=True)
     os.rename(rig.tree / "old", rig.tree / "new/newer/moved")
-    tell(
-        Changelist([DirChange(b"", None, {b"old", b"new"}, inode=rig.tree.stat().st_ino)], inodes)
-    )
+    tell(Changelist([DirChange(b"", None, {b"old", b"new"}, inode=rig.tree.stat().st_ino)], inodes))
     result = rig.sync()
     assert (result.moved, result.deleted) == (1, 0)
     check(rig)
