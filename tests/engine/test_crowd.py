@@ -124,6 +124,16 @@ class AmongLive(Among):
         return result
 
 
+class AmongWatched(Among):
+    """The same under a watch daemon; some syncs look at the tree while they go on."""
+
+    def stop(self, people: Crowd) -> None:
+        """What changed while a sync looked is told to the next one, as is what it looked at."""
+        if self.dice.random() < 0.5:
+            self.rig.sync()
+        people.stop()
+
+
 @pytest.fixture
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
     found = Meanwhile()
@@ -163,7 +173,7 @@ def test_watch(base: Path, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None
     rig = Watched(base, max_pack_bytes=5000)
     rig.start()
     try:
-        Among(rig, "watch").run(rounds)
+        AmongWatched(rig, "watch").run(rounds)
     finally:
         rig.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -18,6 +19,7 @@ import pytest
 
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
+from cloudfs.source import handles
 from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
 from tests.engine import loops
@@ -314,6 +316,36 @@ def test_an_inode_number_that_is_used_again(watched: Watched) -> None:
         (watched.tree / f"later{turn}").mkdir()
         (watched.tree / f"later{turn}" / "file").write_text(f"later {turn}")
     heard(watched)
+
+
+@pytest.mark.parametrize(("times", "scans"), [(3, False), (1 << 30, True)])
+def test_a_number_that_is_just_being_given_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, times: int, scans: bool
+) -> None:
+    """ext4 says then that there is no memory, for a moment."""
+    for name in ("file", "other"):
+        (watched.tree / name).write_text("before")
+    (watched.tree / "directory").mkdir()
+    settle(watched)
+    os.link(watched.tree / "file", watched.tree / "directory/further")  # told of by its handle
+    (watched.tree / "other").write_text("after")
+    opened, left = handles._open_by_handle_at, times
+
+    def busy(mount_fd: int, handle: bytes, flags: int) -> int:
+        nonlocal left
+        if left:
+            left -= 1
+            ctypes.set_errno(errno.ENOMEM)
+            return -1
+        return int(opened(mount_fd, handle, flags))
+
+    monkeypatch.setattr(handles, "_open_by_handle_at", busy)
+    if scans:
+        watched.sync()
+        assert ["cannot allocate memory" in note for note in watched.notes] == [True]
+        watched.check()
+    else:
+        heard(watched)
 
 
 def test_an_empty_directory_with_the_number_of_a_full_one(watched: Watched) -> None:

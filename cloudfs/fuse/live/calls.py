@@ -1,5 +1,5 @@
-"""System calls that Python does not have: acting as another user, renaming with flags, file
-handles, leaving a mount behind.
+"""System calls that Python does not have: acting as another user, renaming with flags,
+leaving a mount behind.
 
 Users, groups and capabilities belong to a thread in Linux. All that changes the tree is done on the
 one thread that serves the kernel, so these functions are for that thread alone.
@@ -21,21 +21,12 @@ _renameat2 = _libc.renameat2
 _renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 )  # fmt: skip
-_name_to_handle_at = _libc.name_to_handle_at
-_name_to_handle_at.argtypes = (
-    ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
-)  # fmt: skip
-_open_by_handle_at = _libc.open_by_handle_at
-_open_by_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 _setfsuid, _setfsgid = _libc.setfsuid, _libc.setfsgid
 _mount = _libc.mount
 _mount.argtypes = (
     ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p,
 )  # fmt: skip
 
-_AT_EMPTY_PATH = 0x1000
-_MAX_HANDLE = 128
-_HANDLE_HEAD = struct.Struct("=Ii")  # length, type
 _PR_SET_SECUREBITS = 28
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
 _CAPABILITY_VERSION_3 = 0x2008_0522
@@ -54,27 +45,6 @@ def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None
     """**renameat2**\\(2). Raises OSError."""
     if _renameat2(old_fd, old, new_fd, new, flags):
         raise _error()
-
-
-def handle_of(fd: int) -> bytes:
-    """What the item behind a descriptor can be opened by later. Raises OSError where the file
-    system has no such handles."""
-    buffer = ctypes.create_string_buffer(_HANDLE_HEAD.size + _MAX_HANDLE)
-    _HANDLE_HEAD.pack_into(buffer, 0, _MAX_HANDLE, 0)
-    mount = ctypes.c_int()
-    if _name_to_handle_at(fd, b"", buffer, ctypes.byref(mount), _AT_EMPTY_PATH):
-        raise _error()
-    length, _ = _HANDLE_HEAD.unpack_from(buffer)
-    return buffer.raw[: _HANDLE_HEAD.size + length]
-
-
-def open_handle(mount_fd: int, handle: bytes) -> int:
-    """An O_PATH descriptor of what a handle stands for, on the file system of another one, which
-    must be open for reading. Raises OSError (ESTALE where it is gone)."""
-    fd = _open_by_handle_at(mount_fd, handle, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if fd < 0:
-        raise _error()
-    return int(fd)
 
 
 class Caller:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -198,7 +199,8 @@ class FrozenTree:
         return parent, name
 
     def by_handle(self, number: int, handle: bytes) -> Inode | None:
-        """A directory that was marked: as it is known, or by its handle; None where it is gone."""
+        """A directory that was marked: as it is known, or by its handle; None where it is gone.
+        Raises OSError, SourceError where that cannot be told."""
         inode = self._inodes.find(number)
         if inode is not None:
             return self._inodes.opened(inode)
@@ -206,7 +208,9 @@ class FrozenTree:
             raise SourceError("a directory that changed can no longer be found")
         try:
             return self._inodes.take(self._inodes.open_by(handle))[0]
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
             return None  # removed: the name above it is marked too
 
 

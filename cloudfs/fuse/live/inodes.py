@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import xxhash
 
 from cloudfs.core.marks import Blocks
-from cloudfs.fuse.live import calls
+from cloudfs.source.handles import handle_of, open_handle
 from cloudfs.source.live.protocol import OTHERS
 
 ROOT = 1
@@ -169,7 +169,7 @@ class Inodes:
         return number
 
     def _is_same(self, inode: Inode, fd: int) -> bool:
-        return inode.handle == calls.handle_of(fd)
+        return inode.handle == handle_of(fd)
 
     def forget(self, number: int, count: int) -> None:
         """The kernel forgot so many times that it was told of a number."""
@@ -243,7 +243,7 @@ class Inodes:
 
     def _evict(self, inode: Inode) -> None:
         try:
-            inode.handle = inode.handle or calls.handle_of(inode.fd)
+            inode.handle = inode.handle or handle_of(inode.fd)
             self._mount_of(inode)
         except OSError:
             return  # no handles on that file system: it stays open
@@ -252,7 +252,7 @@ class Inodes:
         self.held -= 1
 
     def _reopen(self, inode: Inode) -> None:
-        inode.hold(calls.open_handle(self._mount_of(inode), inode.handle))
+        inode.hold(open_handle(self._mount_of(inode), inode.handle))
         self.held += 1
         if self._known.get(inode.number) is inode:  # to the end of the line
             self._known[inode.number] = self._known.pop(inode.number)
@@ -270,7 +270,7 @@ class Inodes:
 
     def open_by(self, handle: bytes) -> int:
         """An O_PATH descriptor of what a handle on the tree's own file system stands for."""
-        return calls.open_handle(self._mount_of(self.root), handle)
+        return open_handle(self._mount_of(self.root), handle)
 
     def all(self) -> Iterator[Inode]:
         """All that are known."""

@@ -25,8 +25,8 @@ import msgspec
 from cloudfs.core.marks import Blocks
 from cloudfs.db import marked
 from cloudfs.db.marked import MarkedSet, Marks, Row
-from cloudfs.fuse.live import calls
 from cloudfs.fuse.live.inodes import Inode
+from cloudfs.source.handles import handle_of
 from cloudfs.source.live.protocol import Base
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class Tracker:
             return []
         if not directory.handle:
             with contextlib.suppress(OSError):
-                directory.handle = calls.handle_of(directory.fd)
+                directory.handle = handle_of(directory.fd)
         if not directory.handle:
             return []
         self._where[directory.number] = directory.handle

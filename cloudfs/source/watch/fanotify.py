@@ -1,8 +1,6 @@
 """What the kernel's fanotify tells of a whole file system, by file handle (fanotify(7)).
 
-Struct layouts are those of linux/fanotify.h and fcntl.h (``struct file_handle``). A *handle* here
-is a whole ``struct file_handle`` as bytes: it names an inode of one file system for ever, wherever
-it is moved, and also after its number is used again.
+Struct layouts are those of linux/fanotify.h. For handles see :mod:`cloudfs.source.handles`.
 """
 
 from __future__ import annotations
@@ -154,22 +152,3 @@ def parse(data: bytes) -> Iterator[Event]:
             info += size
         yield Event(mask, fsid, directory, name, target)
         at = end
-
-
-def open_handle(mount_fd: int, handle: bytes) -> int | None:
-    """An O_PATH descriptor of what a handle names, on the mount of an open directory.
-
-    None where it is gone. Raises OSError.
-    """
-    fd: int = _libc.open_by_handle_at(
-        mount_fd, ctypes.c_char_p(handle), os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW
-    )
-    if fd >= 0:
-        return fd
-    code = ctypes.get_errno()
-    if os.strerror(code) == os.strerror(_ESTALE):
-        return None
-    raise OSError(code, os.strerror(code))
-
-
-_ESTALE = 116

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import NamedTuple
 
 from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.db.watched import Place
+from cloudfs.source.handles import open_handle
 from cloudfs.source.inode import open_directory
-from cloudfs.source.watch.fanotify import open_handle
 from cloudfs.source.watch.places import Place as Part
 
 TRIES = 5
@@ -54,7 +55,7 @@ class Resolver:
 
     def _find(self, top: int, part: Part, handle: bytes) -> _Found | None:
         """Where the directory behind a handle is; None where it is gone or elsewhere."""
-        fd = open_handle(top, handle)
+        fd = _opened(top, part, handle)
         if fd is None:
             return None
         try:
@@ -69,9 +70,7 @@ class Resolver:
                 if there is not None and there[0] != here.st_dev:
                     return None  # something is mounted over it, or above it
         except OSError as error:
-            raise SourceError(
-                f"{os.fsdecode(part.path)}: {(error.strerror or '').lower()}"
-            ) from None
+            raise _cannot(part, error) from None
         finally:
             os.close(fd)
         raise SourceError(f"{os.fsdecode(part.path)} changes too fast to follow")
@@ -94,7 +93,7 @@ class Resolver:
         fsid, handle = place
         for fd, part in zip(self._fds, self._parts, strict=True):
             if part.fsid == fsid:
-                opened = open_handle(fd, handle)
+                opened = _opened(fd, part, handle)
                 if opened is not None:
                     self._inodes.add(os.fstat(opened).st_ino)
                     os.close(opened)
@@ -106,6 +105,20 @@ class Resolver:
             dict.fromkeys(self._inodes),
             reread=True,
         )
+
+
+def _opened(top: int, part: Part, handle: bytes) -> int | None:
+    """What a handle names; None where it is gone. Raises SourceError."""
+    try:
+        return open_handle(top, handle)
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            return None
+        raise _cannot(part, error) from None
+
+
+def _cannot(part: Part, error: OSError) -> SourceError:
+    return SourceError(f"{os.fsdecode(part.path)}: {(error.strerror or '').lower()}")
 
 
 def _below(top: bytes, fd: int) -> bytes | None:

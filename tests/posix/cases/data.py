@@ -434,10 +434,10 @@ def flags_of_files() -> Answer:
 @case
 def handles_of_files() -> Answer:
     """name_to_handle_at."""
-    from cloudfs.fuse.live import calls
+    from cloudfs.source.handles import handle_of
 
     fd = os.open(write_file("f"), os.O_PATH)
-    found = said(calls.handle_of, fd)
+    found = said(handle_of, fd)
     return {"handle": found if isinstance(found, str) else "ok"}
 
 
