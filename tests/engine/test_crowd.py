@@ -124,11 +124,11 @@ class AmongLive(Among):
         return result
 
 
-class AmongWatched(Among):
-    """The same under a watch daemon; some syncs look at the tree while they go on."""
+class AmongMoving(Among):
+    """The same where nothing stands still for a sync; some look at the tree while they go on."""
 
     def stop(self, people: Crowd) -> None:
-        """What changed while a sync looked is told to the next one, as is what it looked at."""
+        """What changed while a sync looked is seen by the next one."""
         if self.dice.random() < 0.5:
             self.rig.sync()
         people.stop()
@@ -167,13 +167,19 @@ def test_live_with_little_room(
 
 
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
+@pytest.mark.parametrize("base", ["tmpfs"], indirect=True)
+def test_scan(base: Path, rounds: int) -> None:
+    AmongMoving(Rig(base, max_pack_bytes=5000), "scan").run(rounds)
+
+
+@pytest.mark.parametrize("rounds", [QUICK, LONG])
 @pytest.mark.parametrize("base", ["ext4", "xfs"], indirect=True)
 def test_watch(base: Path, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "_spawn", forked.watch)
     rig = Watched(base, max_pack_bytes=5000)
     rig.start()
     try:
-        AmongWatched(rig, "watch").run(rounds)
+        AmongMoving(rig, "watch").run(rounds)
     finally:
         rig.kill()
 
