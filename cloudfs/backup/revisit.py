@@ -172,11 +172,10 @@ class Revisit(Walk):
         path = self._known_names.path(lin, self._moved)
         if path is None or self._scanner.leaves_out(path):
             return  # not in the last snapshot: what is above it is looked at whole
-        above = self._known_names.above(lin, self._moved)
-        if any(self.diff.is_gone(at) for at in above):
+        if self._is_gone(lin):
             self._gone[lin] = change
             return
-        for at in above:
+        for at in self._known_names.above(lin, self._moved):
             place = self._known_names.path(at, self._moved)
             if place and not self._same(at, place):
                 if at in self._taken:
@@ -192,14 +191,15 @@ class Revisit(Walk):
 
     def _found_again(self) -> dict[int, DirChange]:
         """Changes in directories that seemed to be gone, and then appeared elsewhere."""
-        found = {
-            lin: change
-            for lin, change in self._gone.items()
-            if not any(self.diff.is_gone(at) for at in self._known_names.above(lin, self._moved))
-        }
+        found = {lin: change for lin, change in self._gone.items() if not self._is_gone(lin)}
         for lin in found:
             del self._gone[lin]
         return found
+
+    def _is_gone(self, lin: int) -> bool:
+        """Whether a directory is gone, with one above it or by itself, as far as was seen."""
+        above = self._known_names.above(lin, self._moved)
+        return any(self.diff.vanished.is_gone(at) for at in above)
 
     def _same(self, lin: int, path: bytes) -> bool:
         """Whether the directory on record stands at a path; asked of each once."""

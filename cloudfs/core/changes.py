@@ -136,6 +136,16 @@ class DirRecord(msgspec.Struct, array_like=True):
     doubtful: list[int] = []
     absent: list[int] = []
 
+    def by_name(self) -> dict[bytes, tuple[int, Stat, int]]:
+        """(index, stat, LIN) of what was in the snapshot, by name."""
+        absent = set(self.absent)
+        found = zip(decode_listing(self.listing), expand(self.lins), strict=True)
+        return {
+            stat.name: (index, stat, lin)
+            for index, (stat, lin) in enumerate(found)
+            if index not in absent
+        }
+
     def mark_unread(self, absent: set[bytes], stale: set[bytes]) -> None:
         """Note names that could not be read: new ones, and ones of which an older state stays."""
         for index, stat in enumerate(decode_listing(self.listing)):

@@ -30,7 +30,7 @@ The first backup has no records: LINs are given at once and listings go through 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -43,15 +43,12 @@ from cloudfs.core.changes import (
     Stat,
     collapse,
     decode_listing,
-    expand,
 )
 from cloudfs.core.rows import Entry, ItemType, Meta
+from cloudfs.core.vanished import Lookup, SameDirectory, Vanished, VanishedItems
 
 Visit = tuple[int, bytes]
 """A directory to visit: its LIN and its path below the source."""
-
-Lookup = Callable[[int], DirRecord | None]
-SameDirectory = Callable[[int, bytes], bool]
 
 
 @dataclass(slots=True)
@@ -70,16 +67,6 @@ class _Appeared:
     directory: _Changed
     index: int
     stat: Stat
-
-
-@dataclass(slots=True)
-class _Vanished:
-    parent: int
-    lin: int
-    stat: Stat
-    replaced: bool  # another item has the name now
-    expanded: bool = False
-    from_dead: bool = False  # it went with the directory it was in
 
 
 @dataclass
@@ -110,14 +97,11 @@ class TreeDiff:
         self._appeared_dirs: list[_Appeared] = []
         self._appeared_files: list[_Appeared] = []
         self._kept_back: list[_Appeared] = []  # like something on record: may have moved
-        self._vanished: dict[int, list[_Vanished]] = {}
-        self._vanished_dirs: list[_Vanished] = []
-        self._went_with: dict[int, int] = {}  # vanished directory -> its parent; 0: by itself
+        self.vanished = VanishedItems()
         self._links: dict[tuple[int, int], int] = {}
         self._described: set[int] = set()  # LINs of several names that have an item
         self._unmoved: dict[int, Stat] = {}  # of several names, which looked as on record under one
         self._alive: set[int] = set()
-        self._moved_dirs: set[int] = set()
 
     @property
     def waiting(self) -> int:
@@ -138,15 +122,6 @@ class TreeDiff:
             for item in (*self._appeared_files, *self._kept_back)
             if item.stat.nlink > 1 and (item.directory.scan.dev, item.stat.ino) not in self._links
         }
-
-    def is_gone(self, lin: int) -> bool:
-        """Whether a directory vanished, or one above it with which it went, and did not appear
-        elsewhere up to now."""
-        while (parent := self._went_with.get(lin)) is not None and lin not in self._moved_dirs:
-            if not parent:
-                return True
-            lin = parent
-        return False
 
     # -- the first backup ----------------------------------------------------------------------
 
@@ -181,7 +156,7 @@ class TreeDiff:
         stats = decode_listing(scan.listing)
         changed = _Changed(scan, [0] * len(stats))
         self._changed[scan.lin] = changed
-        before = _by_name(record) if record is not None else {}
+        before = record.by_name() if record is not None else {}
         doubtful = set(record.doubtful) if record is not None else set()
         mapped = set(scan.mapped)
         visits: list[Visit] = []
@@ -194,13 +169,13 @@ class TreeDiff:
                     visits.append((old[2], _join(scan.path, stat.name)))
                 continue
             if old is not None:
-                self._vanish(_Vanished(scan.lin, old[2], old[1], replaced=True))
+                self.vanished.add(Vanished(scan.lin, old[2], old[1], replaced=True))
                 if stat.is_file and old[1].is_file:
                     changed.bases[index] = old[2]
             appeared = _Appeared(changed, index, stat)
             (self._appeared_dirs if stat.is_dir else self._appeared_files).append(appeared)
         for _, stat, lin in before.values():
-            self._vanish(_Vanished(scan.lin, lin, stat, replaced=False))
+            self.vanished.add(Vanished(scan.lin, lin, stat))
         return visits
 
     def _take_known(
@@ -231,15 +206,6 @@ class TreeDiff:
             self.tally.changed += stat != old_stat
         elif linked:
             self._unmoved[lin] = stat
-
-    def _vanish(self, item: _Vanished) -> None:
-        self._vanished.setdefault(item.stat.ino, []).append(item)
-        if item.stat.is_dir:
-            self._vanished_dirs.append(item)
-            if item.from_dead:
-                self._went_with.setdefault(item.lin, item.parent)
-            else:
-                self._went_with[item.lin] = 0
 
     # -- during the walk -----------------------------------------------------------------------
 
@@ -278,7 +244,7 @@ class TreeDiff:
             visits = self._match_directories(same_directory)
             if visits:
                 return visits
-            if not self._expand(lookup):
+            if not self.vanished.open_directories(lookup):
                 break
         waiting = sorted(self._appeared_dirs, key=_order)
         self._appeared_dirs.clear()
@@ -294,29 +260,15 @@ class TreeDiff:
         waiting, self._appeared_dirs = self._appeared_dirs, []
         for item in waiting:
             path = _join(item.directory.scan.path, item.stat.name)
-            for old in self._vanished.get(item.stat.ino, ()):
-                fits = old.stat.is_dir and old.lin not in self._moved_dirs
-                if fits and same_directory(old.lin, path):
-                    self._moved_dirs.add(old.lin)
-                    self._alive.add(old.lin)
-                    self._place(item, old.lin)
-                    self.tally.moved += 1
-                    visits.append((old.lin, path))
-                    break
-            else:
+            lin = self.vanished.find_directory(item.stat.ino, path, same_directory)
+            if lin is None:
                 self._appeared_dirs.append(item)
+                continue
+            self._alive.add(lin)
+            self._place(item, lin)
+            self.tally.moved += 1
+            visits.append((lin, path))
         return visits
-
-    def _expand(self, lookup: Lookup) -> bool:
-        """Let what vanished directories held vanish too; False when there is nothing more."""
-        fresh = [d for d in self._vanished_dirs if not d.expanded and d.lin not in self._moved_dirs]
-        self._vanished_dirs = []
-        for directory in fresh:
-            directory.expanded = True
-            record = lookup(directory.lin)
-            for _, stat, lin in _by_name(record).values() if record is not None else ():
-                self._vanish(_Vanished(directory.lin, lin, stat, replaced=False, from_dead=True))
-        return bool(fresh)
 
     def _place(self, item: _Appeared, lin: int) -> None:
         item.directory.lins[item.index] = lin
@@ -340,7 +292,7 @@ class TreeDiff:
             self._judge_further_name(item, self._links[key])
             return
         lin = 0
-        for old in self._vanished.get(stat.ino, ()):
+        for old in self.vanished.with_inode(stat.ino):
             if old.lin not in self._alive and self._same_file(old.stat, stat):
                 lin = old.lin
                 break
@@ -403,10 +355,10 @@ class TreeDiff:
         metas: dict[int, Meta] = {}
         entries: list[Entry] = []
         dead: list[int] = []
-        for item in (item for items in self._vanished.values() for item in items):
-            if item.from_dead and not self.is_gone(item.parent):
+        for item in self.vanished:
+            if item.with_parent and not self.vanished.is_gone(item.parent):
                 continue  # its directory turned out to have moved; the visit there judged it
-            if not item.replaced and not item.from_dead:
+            if not item.replaced and not item.with_parent:
                 entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
             if item.lin in self._alive or item.lin in metas:
                 continue
@@ -431,17 +383,6 @@ def _early_task(items: list[_Appeared]) -> DirTask:
 def fingerprint(stat: Stat) -> int:
     """A number that an item keeps when it moves; others may have it too, but hardly any."""
     return hash((stat.ino,) if stat.is_dir else (stat.ino, stat.size, stat.mtime_ns))
-
-
-def _by_name(record: DirRecord) -> dict[bytes, tuple[int, Stat, int]]:
-    """(index, stat, LIN) of what a record says was in the snapshot, by name."""
-    absent = set(record.absent)
-    found = zip(decode_listing(record.listing), expand(record.lins), strict=True)
-    return {
-        stat.name: (index, stat, lin)
-        for index, (stat, lin) in enumerate(found)
-        if index not in absent
-    }
 
 
 def _same_item(old: Stat, new: Stat) -> bool:

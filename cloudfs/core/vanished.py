@@ -1,0 +1,85 @@
+"""What is on record and was not where it was, as far as a walk got.
+
+What is in a directory vanishes with it. Whether an item is gone is known only in the end: it, or a
+directory above it, may yet appear elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cloudfs.core.changes import DirRecord, Stat
+
+Lookup = Callable[[int], DirRecord | None]
+"""The record of a directory."""
+
+SameDirectory = Callable[[int, bytes], bool]
+"""Whether the directory at a path has the birth time that is on record for a LIN."""
+
+
+@dataclass(slots=True)
+class Vanished:
+    """An item that is not under the name that it had."""
+
+    parent: int
+    lin: int
+    stat: Stat
+    replaced: bool = False  # another item has the name now
+    with_parent: bool = False  # it went with the directory it was in
+
+
+class VanishedItems:
+    """All of them."""
+
+    def __init__(self) -> None:
+        self._by_inode: dict[int, list[Vanished]] = {}
+        self._unopened: list[Vanished] = []  # directories
+        self._went_with: dict[int, int] = {}  # directory -> its parent; 0: it went by itself
+        self._moved: set[int] = set()  # directories that appeared elsewhere
+
+    def __iter__(self) -> Iterator[Vanished]:
+        return (item for items in self._by_inode.values() for item in items)
+
+    def with_inode(self, ino: int) -> Sequence[Vanished]:
+        """Those of an inode number."""
+        return self._by_inode.get(ino, ())
+
+    def add(self, item: Vanished) -> None:
+        """An item vanished."""
+        self._by_inode.setdefault(item.stat.ino, []).append(item)
+        if item.stat.is_dir:
+            self._unopened.append(item)
+            if item.with_parent:
+                self._went_with.setdefault(item.lin, item.parent)
+            else:
+                self._went_with[item.lin] = 0
+
+    def find_directory(self, ino: int, path: bytes, same_directory: SameDirectory) -> int | None:
+        """The LIN of the directory that appeared at a path, and is not gone from now on; None
+        where it is none of these."""
+        for item in self.with_inode(ino):
+            if item.stat.is_dir and item.lin not in self._moved and same_directory(item.lin, path):
+                self._moved.add(item.lin)
+                return item.lin
+        return None
+
+    def open_directories(self, lookup: Lookup) -> bool:
+        """Let what directories held that vanished, and did not appear elsewhere, vanish as well;
+        False where there was none."""
+        fresh = [item.lin for item in self._unopened if item.lin not in self._moved]
+        self._unopened = []
+        for lin in fresh:
+            record = lookup(lin)
+            for _, stat, child in record.by_name().values() if record is not None else ():
+                self.add(Vanished(lin, child, stat, with_parent=True))
+        return bool(fresh)
+
+    def is_gone(self, lin: int) -> bool:
+        """Whether a directory vanished, or one above it with which it went, and did not appear
+        elsewhere up to now."""
+        while (parent := self._went_with.get(lin)) is not None and lin not in self._moved:
+            if not parent:
+                return True
+            lin = parent
+        return False
