@@ -48,15 +48,19 @@ class Known:
     def by_inode(self, inode: int, path: bytes) -> int | None:
         """The LIN of the directory that now is at a path, with this inode number; None where it is
         not on record: then it is new."""
-        found = [
-            lin
-            for directory in self._state.directories_with(inode)
-            for stat, lin in self._listing(directory).get(inode, ())
-            if stat.is_dir and self._same_directory(lin, path)
-        ]
+        found = [lin for lin in self.directories(inode) if self._same_directory(lin, path)]
         # Two file systems may both have that number, and keep no birth times.
         there = [lin for lin in found if len(found) > 1 and self.path(lin, {}) == path]
         return next(iter(there or found), None)
+
+    def directories(self, inode: int) -> list[int]:
+        """The LINs of all directories on record with an inode number."""
+        return [
+            lin
+            for directory in self._state.directories_with(inode)
+            for stat, lin in self._listing(directory).get(inode, ())
+            if stat.is_dir
+        ]
 
     def names(self, inode: int) -> list[tuple[int, bytes]]:
         """(LIN of the directory, name) of all names of an inode that are on record."""

@@ -9,7 +9,9 @@
    other names of files with several that have appeared: without them a file that got a further name
    would be taken for a new one, and one that lost a name for gone. Their directories may have moved
    with one above, so they come after the settling.
-4. Directories in which something could not be read last time are visited whole.
+4. Directories in which something could not be read last time are visited whole. So are those that
+   were not where the changelist had found them, in a tree that does not stand still: they may be
+   back before anybody hears of it.
 5. Much may be named. So others have their turn after each QUOTA names, and what cannot have moved
    is handed out during the walk, as in a scan.
 """
@@ -52,12 +54,14 @@ class Revisit(Walk):
         self._taken: set[int] = set()
         self._moved: dict[int, bytes] = {}  # where directories that moved are now
         self._gone: dict[int, DirChange] = {}  # changes in what is not there, as far as was seen
+        self._in_doubt: set[int] = set()  # see rule 4
         self._stands: dict[tuple[int, bytes], bool] = {}
         if self._roots.many:
             self._visit_top()
         if changes.inodes is not None:
             self._state.index_inodes()
         todo = self._on_record()
+        self._doubt(changes.elsewhere)
         further: dict[int, DirChange] = {}
         for inode in changes.inodes or ():
             self._add_names(inode, todo, further)
@@ -79,6 +83,7 @@ class Revisit(Walk):
                 self._take_turns()
             self._settle(scan_parts, quota)
             further = later | self._found_again()
+        self.unread.update(lin for lin in self._in_doubt if not self._is_gone(lin))
         self._finish()
 
     def _linked(self) -> set[int]:
@@ -97,9 +102,16 @@ class Revisit(Walk):
             else:
                 lin = self._known_names.by_inode(change.inode, change.path)
             # What is not on record is within something new, or left out of the backup.
+            if lin is None and change.inode:
+                self._doubt({change.inode})
             if lin is not None and not self._scanner.leaves_out(change.path):
                 found[lin] = change
         return found
+
+    def _doubt(self, inodes: set[int]) -> None:
+        """Directories on record that may have these numbers are not where they were looked for."""
+        for inode in inodes:
+            self._in_doubt.update(self._known_names.directories(inode))
 
     def _add_names(
         self, inode: int, todo: dict[int, DirChange], further: dict[int, DirChange]
@@ -126,6 +138,8 @@ class Revisit(Walk):
         if record is None or lin in self._taken:
             return
         self._taken.add(lin)
+        if change.whole:
+            self._in_doubt.discard(lin)
         record = self._doubting(record, change)
         scanner = self._scanner
         try:
@@ -157,7 +171,8 @@ class Revisit(Walk):
         return msgspec.structs.replace(record, doubtful=doubtful, signature=signature)
 
     def _suspect(self, lin: int, change: DirChange, further: dict[int, DirChange]) -> None:
-        """See rule 5, for the directories among the names that were looked at."""
+        """A directory among the names may be another one that got the number of the one on record:
+        then it is looked at whole."""
         record = self._state.record(lin)
         for name, below in record.subdirs if record is not None else ():
             if change.whole or name in change.names:

@@ -36,12 +36,14 @@ class Changelist:
     ``inodes`` are items of which a source knows the inode number and no name, with what of their
     data can be others (None: all): each of their names on record is looked at. None for a source
     that names every name of what it names. With ``reread`` the data of all named files is compared,
-    even where lstat says that nothing changed.
+    even where lstat says that nothing changed. ``elsewhere`` are inode numbers of directories in
+    which something changed, and which were not in the tree when they were looked for.
     """
 
     dirs: list[DirChange] = field(default_factory=list)
     inodes: dict[int, list[Range] | None] | None = None
     reread: bool = False
+    elsewhere: set[int] = field(default_factory=set)
 
     @property
     def names(self) -> int:

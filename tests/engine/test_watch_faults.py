@@ -22,6 +22,7 @@ from cloudfs.core.errors import SourceError, Unavailable
 from cloudfs.source import handles
 from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
+from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
 from tests.engine.btrfs import run
 from tests.engine.watched import Watched
@@ -346,6 +347,36 @@ def test_a_number_that_is_just_being_given_again(
         watched.check()
     else:
         heard(watched)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("found", [False, True])
+def test_a_directory_that_moves_while_a_sync_looks_for_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, found: bool, back: bool
+) -> None:
+    """The next sync hears of its moves, but not of what this one had heard of and could not see."""
+    directory = watched.tree / "above/directory"
+    directory.mkdir(parents=True)
+    (directory / "file").write_text("before")
+    settle(watched)
+    (directory / "file").write_text("after and longer")
+    away = (watched.base if back else watched.tree) / "away"
+
+    step = "changelist" if found else "directory"
+    real = getattr(Resolver, step)
+
+    def move_first(*args: object) -> object:
+        if directory.exists():
+            directory.rename(away)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resolver, step, move_first)
+        (watched.tree / "beside").write_text("so that there is a snapshot")
+        assert watched.sync().snapshot is not None
+    if back:
+        away.rename(directory)
+    heard(watched)
 
 
 def test_an_empty_directory_with_the_number_of_a_full_one(watched: Watched) -> None:

@@ -31,6 +31,7 @@ class Resolver:
         self._fds: list[int] = []
         self._dirs: dict[bytes, DirChange] = {}
         self._inodes: set[int] = set()
+        self._elsewhere: set[int] = set()
         try:
             for part in parts:
                 self._fds.append(os.open(part.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -63,11 +64,13 @@ class Resolver:
                 here = os.fstat(fd)
                 below = _below(part.path, fd)
                 if below is None or here.st_nlink == 0:
+                    self._elsewhere.update([here.st_ino] if here.st_nlink else [])
                     return None
                 there = _identity(top, below)
                 if there == (here.st_dev, here.st_ino):
                     return _Found(below, here.st_ino, os.stat(b"..", dir_fd=fd).st_ino)
                 if there is not None and there[0] != here.st_dev:
+                    self._elsewhere.add(here.st_ino)
                     return None  # something is mounted over it, or above it
         except OSError as error:
             raise _cannot(part, error) from None
@@ -104,6 +107,7 @@ class Resolver:
             sorted(self._dirs.values(), key=lambda change: change.path),
             dict.fromkeys(self._inodes),
             reread=True,
+            elsewhere=self._elsewhere,
         )
 
 
