@@ -74,8 +74,12 @@ class Opened:
         return self._beneath
 
 
-def _no_check(inodes: tuple[int, int]) -> None:
-    """What stands still need not be looked at again."""
+def _check_listed(inodes: tuple[int, int]) -> None:
+    """Raise FileNotFoundError where an item is not the one that was listed (0: it was made up): in
+    a tree that does not stand still its name, or that of a directory above it, may be another's."""
+    listed, found = inodes
+    if listed not in (0, found):
+        raise FileNotFoundError(errno.ENOENT, "is gone")
 
 
 class FileReader:
@@ -97,7 +101,7 @@ class FileReader:
         self._data = data
         self._reader = self._stat = reader
         self._plain = StatReader()
-        self._check: Callable[[tuple[int, int]], None] = _no_check
+        self._check: Callable[[tuple[int, int]], None] = _check_listed
         self._flags = _READ | (os.O_NOATIME if os.geteuid() == 0 else 0)
         self.outcome = Outcome()
 
@@ -154,7 +158,7 @@ class FileReader:
         except (OSError, TouchedSince):
             return False
         finally:
-            self._check, self._stat = _no_check, self._reader
+            self._check, self._stat = _check_listed, self._reader
 
     def _failed(self, task: DirTask, stat: Stat, error: OSError, new: bool) -> None:
         self.outcome.errors.append((_join(task.path, stat.name), reason(error)))

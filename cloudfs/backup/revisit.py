@@ -197,12 +197,18 @@ class Revisit(Walk):
                     self.errors.append((path, "could not be opened"))
                     self._unread(lin)
                     return
-                self._revisit(at, DirChange(place, None, whole=True))
+                self._revisit(at, DirChange(place, None, whole=True, inode=self._inode(at)))
                 if at != lin:
                     later[lin] = change
                 return
-        change.path = path
+        change.path, change.inode = path, self._inode(lin)
         self._revisit(lin, change)
+
+    def _inode(self, lin: int) -> int:
+        """The inode number of a directory on record: in a tree that does not stand still another
+        one may be at its path by the time it is opened."""
+        meta = self._view.meta(lin) if self._view is not None else None
+        return meta.ino if meta is not None else 0
 
     def _found_again(self) -> dict[int, DirChange]:
         """Changes in directories that seemed to be gone, and then appeared elsewhere."""

@@ -110,7 +110,7 @@ class Walk:
             lin, path = self._waiting[index]
             index += 1
             outcome = scan(ScanPart([(lin, path)], 1))
-            for found in outcome.changed:
+            for found in self._as_listed(outcome):
                 self._take_first(found)
                 seen += found.counts.items + 1
             self._take_unlisted(outcome)
@@ -172,10 +172,11 @@ class Walk:
             self.items_seen += outcome.unchanged.items
             following.extend(outcome.left)
             self._take_unlisted(outcome)
+            found = self._as_listed(outcome)
             for lin, path, words in outcome.errors:
                 self.errors.append((path, words))
                 self._unread(lin)
-            for scan in outcome.changed:
+            for scan in found:
                 record = self._state.record(scan.lin)
                 self.items_seen += scan.counts.items
                 following.extend(self.diff.take(scan, record))
@@ -197,6 +198,16 @@ class Walk:
         for task in tasks:
             self._queue_changed(task)
         return visits
+
+    def _as_listed(self, outcome: ScanOutcome) -> list[DirScan]:
+        """The directories that were found; others that took their places are errors."""
+        found = []
+        for scan in outcome.changed:
+            if self.diff.is_as_listed(scan):
+                found.append(scan)
+            else:
+                outcome.errors.append((scan.lin, scan.path, "is another directory now"))
+        return found
 
     def _take_unlisted(self, outcome: ScanOutcome) -> None:
         self.errors.extend(outcome.unlisted)

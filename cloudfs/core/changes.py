@@ -170,6 +170,8 @@ class DirScan(msgspec.Struct, array_like=True):
     counts: Counts
     ranges: dict[int, list[Range]] = {}  # of files by index: only these bytes can be others
     mapped: list[int] = []  # of files whose data can be another whatever lstat says
+    ino: int = 0  # its own
+    inodes: list[int] = []  # of ``subdirs``; 0 where there may be another when they are opened
 
 
 class DirTask(msgspec.Struct, array_like=True):

@@ -102,6 +102,7 @@ class TreeDiff:
         self._described: set[int] = set()  # LINs of several names that have an item
         self._unmoved: dict[int, Stat] = {}  # of several names, which looked as on record under one
         self._alive: set[int] = set()
+        self._listed: dict[int, tuple[int, int]] = {}  # directories to visit: device, inode
 
     @property
     def waiting(self) -> int:
@@ -122,6 +123,20 @@ class TreeDiff:
             for item in (*self._appeared_files, *self._kept_back)
             if item.stat.nlink > 1 and (item.directory.scan.dev, item.stat.ino) not in self._links
         }
+
+    def is_as_listed(self, scan: DirScan) -> bool:
+        """Whether a directory that was visited is the one that was listed: in a tree that does not
+        stand still another may have its name by then. To be asked once, before it is taken.
+
+        Where something is mounted there, or was when it was opened, that cannot be told.
+        """
+        dev, ino = self._listed.pop(scan.lin, (scan.dev, 0))
+        return ino in (0, scan.ino) or dev != scan.dev
+
+    def _visit(self, lin: int, scan: DirScan, stat: Stat) -> Visit:
+        """A directory that was listed."""
+        self._listed[lin] = scan.dev, 0 if stat.mount else stat.ino
+        return lin, _join(scan.path, stat.name)
 
     # -- the first backup ----------------------------------------------------------------------
 
@@ -147,6 +162,8 @@ class TreeDiff:
         self.tally.new += count
         task = DirTask(scan.lin, scan.path, scan.listing, runs, items)
         record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
+        for (_, lin), ino in zip(subdirs, scan.inodes, strict=False):  # of a made-up one: none
+            self._listed[lin] = scan.dev, ino
         return task, record, [(lin, _join(scan.path, name)) for name, lin in subdirs]
 
     # -- later ones ----------------------------------------------------------------------------
@@ -166,7 +183,7 @@ class TreeDiff:
                 doubted = old[0] in doubtful or index in mapped
                 self._take_known(changed, index, stat, old, doubted)
                 if stat.is_dir:
-                    visits.append((old[2], _join(scan.path, stat.name)))
+                    visits.append(self._visit(old[2], scan, stat))
                 continue
             if old is not None:
                 self.vanished.add(Vanished(scan.lin, old[2], old[1], replaced=True))
@@ -229,7 +246,7 @@ class TreeDiff:
             self.tally.new += 1
             fresh.setdefault(scan.lin, []).append(item)
             if stat.is_dir:
-                visits.append((lin, _join(scan.path, stat.name)))
+                visits.append(self._visit(lin, scan, stat))
         return [_early_task(items) for items in fresh.values()], visits
 
     # -- after the walk ------------------------------------------------------------------------
@@ -252,7 +269,7 @@ class TreeDiff:
             lin = self.allot(1)
             self._place(item, lin)
             self.tally.new += 1
-            visits.append((lin, _join(item.directory.scan.path, item.stat.name)))
+            visits.append(self._visit(lin, item.directory.scan, item.stat))
         return visits
 
     def _match_directories(self, same_directory: SameDirectory) -> list[Visit]:
@@ -267,7 +284,7 @@ class TreeDiff:
             self._alive.add(lin)
             self._place(item, lin)
             self.tally.moved += 1
-            visits.append((lin, path))
+            visits.append(self._visit(lin, item.directory.scan, item.stat))
         return visits
 
     def _place(self, item: _Appeared, lin: int) -> None:

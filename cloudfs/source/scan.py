@@ -167,7 +167,7 @@ class Scanner:
         root_fd, below = place
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, inode, mask)
+            dev, ino = check_inode(fd, inode, mask)
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
@@ -194,7 +194,7 @@ class Scanner:
         signature = xxhash.xxh3_128_digest(listing)
         if record is not None and record.signature == signature and not self._mapped(dev, entries):
             return None
-        found = _describe(lin, path, dev, entries, listing, signature, now_ns)
+        found = _describe(lin, path, (dev, ino), entries, listing, signature, now_ns)
         return self._doubting_mapped(found, entries)
 
     @staticmethod
@@ -245,7 +245,7 @@ class Scanner:
         nested = self.roots.nested_in(change.path)
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, change.inode, self._mask)
+            dev, ino = check_inode(fd, change.inode, self._mask)
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []
@@ -276,7 +276,7 @@ class Scanner:
         signature = xxhash.xxh3_128_digest(listing)
         if record.signature == signature:
             return None
-        found = _describe(lin, change.path, dev, entries, listing, signature, now_ns)
+        found = _describe(lin, change.path, (dev, ino), entries, listing, signature, now_ns)
         found = self._doubting_mapped(found, entries)
         if reread:
             return found
@@ -372,14 +372,14 @@ def _raw(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> RawEn
 def _describe(
     lin: int,
     path: bytes,
-    dev: int,
+    identity: tuple[int, int],
     entries: list[RawEntry],
     listing: bytes,
     signature: bytes,
     now_ns: int,
 ) -> DirScan:
     counts = Counts()
-    subdirs, links, doubtful = [], [], []
+    subdirs, links, doubtful, inodes = [], [], [], []
     for index, entry in enumerate(entries):
         mode = entry[1] & 0o170000
         if mode == st.S_IFREG:
@@ -390,6 +390,7 @@ def _describe(
         elif mode == st.S_IFDIR:
             counts.dirs += 1
             subdirs.append((index, entry[0]))
+            inodes.append(0 if entry[-1] else entry[2])
         else:
             if mode == st.S_IFLNK:
                 counts.symlinks += 1
@@ -401,16 +402,21 @@ def _describe(
             doubtful.append(index)
     if doubtful:
         signature = b""
-    return DirScan(lin, path, dev, signature, listing, subdirs, links, doubtful, counts)
+    dev, ino = identity
+    return DirScan(
+        lin, path, dev, signature, listing, subdirs, links, doubtful, counts,
+        ino=ino, inodes=inodes,
+    )  # fmt: skip
 
 
-def check_inode(fd: int, inode: int, mask: int = -1) -> int:
-    """The device of an open directory; raises FileNotFoundError where it is not the one with this
-    inode number (0: any is right)."""
+def check_inode(fd: int, inode: int, mask: int = -1) -> tuple[int, int]:
+    """The device and inode number of an open directory; raises FileNotFoundError where it is not
+    the one with this inode number (0: any is right)."""
     status = os.fstat(fd)
-    if inode not in (0, status.st_ino & mask):
+    ino = status.st_ino & mask
+    if inode not in (0, ino):
         raise FileNotFoundError(errno.ENOENT, "is gone")
-    return status.st_dev
+    return status.st_dev, ino
 
 
 def is_fresh(ctime_ns: int, now_ns: int) -> bool:

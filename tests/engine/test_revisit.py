@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cloudfs.backup import sync as engine
+from cloudfs.backup.files import FileReader
 from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.source.ready import Ready
 from cloudfs.source.scan import Scanner
@@ -270,5 +271,49 @@ def test_another_directory_in_the_place_of_one(rig: Rig, tell: Tell) -> None:
     tell(Changelist([DirChange(b"x", b"x", {b"file"}, inode=inode)], {}))
     assert rig.sync().unreadable == [(b"x", "is gone")]
     tell(Changelist([DirChange(b"", None, {b"x", b"y", b"aside"}, inode=top)], {}))
+    assert not rig.sync().unreadable
+    check(rig)
+
+
+@pytest.mark.parametrize("step", ["listed", "read"])
+def test_directories_that_are_exchanged_for_a_moment(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What is found under another one's name then is not taken for what was listed there: nobody
+    would look at it again."""
+    (rig.tree / "known").write_text("known")
+    rig.sync()
+    for name in ("x", "y"):
+        (rig.tree / name).mkdir()
+        (rig.tree / name / "file").write_text(f"of {name}")
+        (rig.tree / name / f"only in {name}").write_text(name)
+    told = Changelist([DirChange(b"", None, {b"x", b"y"}, inode=rig.tree.stat().st_ino)], {}, True)
+    tell(told)
+
+    def exchange() -> None:
+        for old, new in (("x", "aside"), ("y", "x"), ("aside", "y")):
+            os.rename(rig.tree / old, rig.tree / new)
+
+    if step == "listed":
+        place: type = Scanner
+        method, at = "visit", lambda args: args[1] == b"x"
+    else:
+        place = FileReader
+        method, at = "_items", lambda args: args[1].path == b"x"
+    real = getattr(place, method)
+
+    def exchanged(self: object, *args: object) -> object:
+        if not at(args):
+            return real(self, *args)
+        exchange()
+        try:
+            return real(self, *args)
+        finally:
+            exchange()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, method, exchanged)
+        assert rig.sync().unreadable
+    tell(told)
     assert not rig.sync().unreadable
     check(rig)
