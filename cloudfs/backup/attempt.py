@@ -19,6 +19,7 @@ from cloudfs.backup.job import (
     SyncSettings,
     Verified,
 )
+from cloudfs.backup.othernames import OtherNames
 from cloudfs.backup.packs import PackSettings
 from cloudfs.backup.publish import Collected, Publisher
 from cloudfs.backup.rebuild import rebuild
@@ -294,13 +295,26 @@ class Attempt:
             self._step(walk, queue, dispatcher, walking=True)  # workers begin meanwhile
         self._events.phase("packing")
         self._bury(walk)
-        while not self._job.dry_run and (queue or dispatcher.busy):
-            self._step(walk, queue, dispatcher, walking=False)
+        if self._job.dry_run:
+            return
+        others = OtherNames(self._state, self._packing, walk.diff.with_further_names)
+        more = True
+        while more:
+            while queue or dispatcher.busy:
+                self._step(walk, queue, dispatcher, walking=False)
+            more = False
+            for task in others.tasks(self._collected.absent):
+                queue.add(task, 1, 0)
+                more = True
+        self._store([*others.given_up])
 
     def _bury(self, walk: Walk) -> None:
         """Store the coordinator's own rows: tombstones, a made-up root."""
         metas, entries = walk.bury(self._snapshot)
-        rows: list[Meta | Entry] = [*walk.made_up, *metas, *entries]
+        self._store([*walk.made_up, *metas, *entries])
+
+    def _store(self, rows: list[Meta | Entry]) -> None:
+        """Store rows of the coordinator's own."""
         if self._lease is not None and rows:
             Publisher(self._history, self._lease, self._packing).store_rows(rows, self._collected)
 

@@ -102,6 +102,7 @@ class TreeDiff:
         self._described: set[int] = set()  # LINs of several names that have an item
         self._unmoved: dict[int, Stat] = {}  # of several names, which looked as on record under one
         self._alive: set[int] = set()
+        self.with_further_names: dict[int, bytes] = {}  # directories, and their paths
         self._listed: dict[int, tuple[int, int]] = {}  # directories to visit: device, inode
 
     @property
@@ -157,6 +158,7 @@ class TreeDiff:
                     lins[index] = known
                     again.add(index)
             if again:
+                self.with_further_names[scan.lin] = scan.path
                 runs = collapse(lins)
                 items = [index for index in range(count) if index not in again]
         self.tally.new += count
@@ -332,6 +334,7 @@ class TreeDiff:
         That one may come from a record, where nobody told of it: what changed is seen here then.
         """
         directory, index = item.directory, item.index
+        self.with_further_names[directory.scan.lin] = directory.scan.path
         directory.lins[index] = lin
         directory.names.append(index)
         directory.bases.pop(index, None)

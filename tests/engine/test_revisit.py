@@ -317,3 +317,37 @@ def test_directories_that_are_exchanged_for_a_moment(
     tell(told)
     assert not rig.sync().unreadable
     check(rig)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("gone", [{b"one"}, {b"one", b"two"}, {b"one", b"two", b"three"}])
+def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, first: bool, gone: set[bytes]
+) -> None:
+    """It is read under another, or described without data if there is none: names lead to it."""
+    if not first:
+        rig.sync()
+    for name in ("a", "b", "c"):
+        (rig.tree / name).mkdir()
+    (rig.tree / "a/one").write_bytes(b"data" * 3000)
+    for name in ("b/two", "c/three"):
+        os.link(rig.tree / "a/one", rig.tree / name)
+    real = FileReader._item
+
+    def gone_meanwhile(self: FileReader, *args: object) -> None:
+        if args[4].name in gone:  # type: ignore[attr-defined]
+            raise FileNotFoundError(2, "No such file or directory")
+        real(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "_item", gone_meanwhile)
+        result = rig.sync()
+    assert {path.rpartition(b"/")[2] for path, _ in result.unreadable} == gone
+    assert result.snapshot is not None
+    found = rig.contents(result.snapshot.number)
+    assert found.keys() >= {b"/b/two", b"/c/three"}
+    assert b"/a/one" not in found
+    if len(gone) < 3:
+        assert found[b"/b/two"][-1] == b"data" * 3000  # type: ignore[index]
+    assert not rig.sync().unreadable
+    check(rig)
