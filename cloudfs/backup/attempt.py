@@ -307,6 +307,8 @@ class Attempt:
                 queue.add(task, 1, 0)
                 more = True
         self._store([*others.given_up])
+        # Or the name that is missing would be taken for another file when it is there again.
+        self._collected.absent.extend((lin, b"", False) for lin in sorted(others.holding))
 
     def _bury(self, walk: Walk) -> None:
         """Store the coordinator's own rows: tombstones, a made-up root."""
@@ -353,7 +355,7 @@ class Attempt:
             running = self._was_running
             self._state.save_head(msgspec.structs.replace(self._state.head, running=running))
             return self._result(None, walk)
-        self._mark_unread()
+        self._mark_unread(walk)
         previous = self._previous
         if previous is not None and not collected.spool and not self._job.force:
             self._state.amend(self._snapshot, walk.changed)
@@ -385,7 +387,7 @@ class Attempt:
             sorted(walk.unread.union(lin for lin, _, _ in self._collected.absent) - {0}),
         )
 
-    def _mark_unread(self) -> None:
+    def _mark_unread(self, walk: Walk) -> None:
         """Note in the records what could not be read, so that the next sync tries again."""
         by_directory: dict[int, list[tuple[bytes, bool]]] = {}
         for lin, name, new in self._collected.absent:
@@ -394,7 +396,12 @@ class Attempt:
             record = self._state.staged(lin, self._snapshot)
             if record is not None:
                 absent = {name for name, new in found if new}
+                for name, below in record.subdirs:
+                    if name in absent:
+                        walk.forget(below)
+                walk.counts.add(record.counts, -1)
                 record.mark_unread(absent, {name for name, _ in found} - absent)
+                walk.counts.add(record.counts)
                 self._state.put_records(self._snapshot, [(lin, record)])
 
     def _record(self, walk: Walk) -> SnapshotRecord:

@@ -36,6 +36,7 @@ class OtherNames:
         self._seen = 0
         self._tried: dict[int, set[Place]] = {}
         self.given_up: list[Meta] = []  # the rows of those that no name leads to
+        self.holding: set[int] = set()  # directories of other names, for the next sync to look at
 
     def tasks(self, absent: Absent) -> list[DirTask]:
         """What is to be done about all that could not be read up to now; nothing at last."""
@@ -56,9 +57,10 @@ class OtherNames:
         found: dict[int, DirTask] = {}
         for directory, path in self._directories.items():
             for index, stat, lin in self._entries(directory):
-                if lin not in failed or lin in found:
+                if lin not in failed:
                     continue
-                if (directory, stat.name) not in self._tried[lin]:
+                self.holding.add(directory)
+                if lin not in found and (directory, stat.name) not in self._tried[lin]:
                     record = self._record(directory)
                     found[lin] = DirTask(directory, path, record.listing, record.lins, [index], [])
         return found

@@ -190,7 +190,10 @@ class Revisit(Walk):
         if self._is_gone(lin):
             self._gone[lin] = change
             return
-        for at in self._known_names.above(lin, self._moved):
+        above = self._known_names.above(lin, self._moved)
+        if any(self._state.record(at) is None for at in above):
+            return  # likewise
+        for at in above:
             place = self._known_names.path(at, self._moved)
             if place and not self._same(at, place):
                 if at in self._taken:

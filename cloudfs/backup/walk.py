@@ -271,6 +271,20 @@ class Walk:
         self._flush()
         return metas, entries
 
+    def forget(self, lin: int) -> None:
+        """A directory that was found is not in the snapshot after all: nor is what is below it."""
+        waiting = [lin]
+        while waiting:
+            lin = waiting.pop()
+            record = self._state.staged(lin, self._snapshot) or self._state.record(lin)
+            if record is not None:
+                self.counts.add(record.counts, -1)
+                self.changed.append(lin)
+                self.unread.discard(lin)
+                self._stage(lin, None)
+                waiting.extend(below for _, below in record.subdirs)
+        self._flush()
+
     # -- records -------------------------------------------------------------------------------
 
     def _stage(self, lin: int, record: DirRecord | None) -> None:

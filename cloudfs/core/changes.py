@@ -88,17 +88,17 @@ class Counts(msgspec.Struct, array_like=True):
         self.others += sign * other.others
         self.bytes += sign * other.bytes
 
-    def count(self, stat: Stat) -> None:
-        """Count one item."""
+    def count(self, stat: Stat, sign: int = 1) -> None:
+        """Count one item (or with ``sign`` -1 no longer)."""
         if stat.is_file:
-            self.files += 1
-            self.bytes += stat.size
+            self.files += sign
+            self.bytes += sign * stat.size
         elif stat.is_dir:
-            self.dirs += 1
+            self.dirs += sign
         elif stat.type == ItemType.SYMLINK:
-            self.symlinks += 1
+            self.symlinks += sign
         else:
-            self.others += 1
+            self.others += sign
 
 
 LinRuns = list[tuple[int, int]]
@@ -151,6 +151,7 @@ class DirRecord(msgspec.Struct, array_like=True):
         for index, stat in enumerate(decode_listing(self.listing)):
             if stat.name in absent:
                 self.absent.append(index)
+                self.counts.count(stat, -1)
             elif stat.name in stale:
                 self.doubtful.append(index)
         self.signature = b""

@@ -351,3 +351,34 @@ def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
         assert found[b"/b/two"][-1] == b"data" * 3000  # type: ignore[index]
     assert not rig.sync().unreadable
     check(rig)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_directory_that_is_gone_when_it_is_described_leaves_nothing_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    (rig.tree / "beside").write_text("beside")
+    if moved:
+        (rig.tree / "before/below").mkdir(parents=True)
+    rig.sync()
+    if moved:
+        (rig.tree / "before").rename(rig.tree / "directory")
+    (rig.tree / "directory/below").mkdir(parents=True, exist_ok=True)
+    (rig.tree / "directory/below/file").write_text("data")
+    real = FileReader._item
+
+    def gone_meanwhile(self: FileReader, *args: object) -> None:
+        if args[4].name == b"directory":  # type: ignore[attr-defined]
+            raise FileNotFoundError(2, "No such file or directory")
+        real(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "_item", gone_meanwhile)
+        result = rig.sync()
+    assert result.unreadable == [(b"directory", "is gone")]
+    assert result.snapshot is not None
+    assert (result.snapshot.stats.files, result.snapshot.stats.dirs) == (1, 1)
+    result = rig.sync()
+    assert result.snapshot is not None
+    assert (result.snapshot.stats.files, result.snapshot.stats.dirs) == (2, 3)
+    check(rig)
