@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import xxhash
@@ -19,11 +19,11 @@ from cloudfs.backup.job import (
     SyncSettings,
     Verified,
 )
-from cloudfs.backup.othernames import OtherNames
 from cloudfs.backup.packs import PackSettings
 from cloudfs.backup.publish import Collected, Publisher
 from cloudfs.backup.rebuild import rebuild
 from cloudfs.backup.revisit import Revisit
+from cloudfs.backup.unread import Unread
 from cloudfs.backup.verify import Against, Differs, NotingQueue, Sample, Verifier
 from cloudfs.backup.walk import QUOTA, Walk
 from cloudfs.backup.worker import SyncContext, Worker
@@ -297,25 +297,25 @@ class Attempt:
         self._bury(walk)
         if self._job.dry_run:
             return
-        others = OtherNames(self._state, self._packing, walk.diff.with_further_names)
-        more = True
-        while more:
-            while queue or dispatcher.busy:
-                self._step(walk, queue, dispatcher, walking=False)
-            more = False
-            for task in others.tasks(self._collected.absent):
-                queue.add(task, 1, 0)
-                more = True
-        self._store([*others.given_up])
-        # Or the name that is missing would be taken for another file when it is there again.
-        self._collected.absent.extend((lin, b"", False) for lin in sorted(others.holding))
+        unread = Unread(self._state, self._packing, walk)
+        while queue or dispatcher.busy or self._try_others(unread, queue):
+            self._step(walk, queue, dispatcher, walking=False)
+        self._store(unread.given_up)
+        unread.mark()
+
+    def _try_others(self, unread: Unread, queue: WorkQueue) -> bool:
+        """Queue what is to be tried instead of what could not be read; whether there is any."""
+        absent, self._collected.absent = self._collected.absent, []
+        for task in unread.take(absent):
+            queue.add(task, 1, 0)
+        return bool(queue)
 
     def _bury(self, walk: Walk) -> None:
         """Store the coordinator's own rows: tombstones, a made-up root."""
         metas, entries = walk.bury(self._snapshot)
         self._store([*walk.made_up, *metas, *entries])
 
-    def _store(self, rows: list[Meta | Entry]) -> None:
+    def _store(self, rows: Sequence[Meta | Entry]) -> None:
         """Store rows of the coordinator's own."""
         if self._lease is not None and rows:
             Publisher(self._history, self._lease, self._packing).store_rows(rows, self._collected)
@@ -355,7 +355,6 @@ class Attempt:
             running = self._was_running
             self._state.save_head(msgspec.structs.replace(self._state.head, running=running))
             return self._result(None, walk)
-        self._mark_unread(walk)
         previous = self._previous
         if previous is not None and not collected.spool and not self._job.force:
             self._state.amend(self._snapshot, walk.changed)
@@ -384,25 +383,8 @@ class Attempt:
             self._signature,
             record.time_ns,
             walk.unread_elsewhere,
-            sorted(walk.unread.union(lin for lin, _, _ in self._collected.absent) - {0}),
+            sorted(walk.unread - {0}),
         )
-
-    def _mark_unread(self, walk: Walk) -> None:
-        """Note in the records what could not be read, so that the next sync tries again."""
-        by_directory: dict[int, list[tuple[bytes, bool]]] = {}
-        for lin, name, new in self._collected.absent:
-            by_directory.setdefault(lin, []).append((name, new))
-        for lin, found in by_directory.items():
-            record = self._state.staged(lin, self._snapshot)
-            if record is not None:
-                absent = {name for name, new in found if new}
-                for name, below in record.subdirs:
-                    if name in absent:
-                        walk.forget(below)
-                walk.counts.add(record.counts, -1)
-                record.mark_unread(absent, {name for name, _ in found} - absent)
-                walk.counts.add(record.counts)
-                self._state.put_records(self._snapshot, [(lin, record)])
 
     def _record(self, walk: Walk) -> SnapshotRecord:
         now_ns = self._job.repository.clock_ns()

@@ -24,7 +24,7 @@ from cloudfs.backup.packs import Base, Packer
 from cloudfs.core.changelist import Range
 from cloudfs.core.changes import DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
-from cloudfs.source.inode import StatReader, Status, read_xattrs, reflink
+from cloudfs.source.inode import StatReader, Status, is_mount, read_xattrs, reflink
 from cloudfs.source.live.beneath import TouchedSince
 from cloudfs.source.roots import Roots
 from cloudfs.source.scan import reason
@@ -183,7 +183,7 @@ class FileReader:
                 status = self._stat.of(fd)
                 flags = self._stat.flags(fd, status)
                 xattrs = read_xattrs(fd)
-                self._check((stat.ino, status.ino))
+                self._check_directory(fd, stat, status)
                 self._describer.describe(lin, task.lin, status, xattrs, flags)
             finally:
                 os.close(fd)
@@ -198,6 +198,12 @@ class FileReader:
             xattrs = read_xattrs(path)
             self._check((stat.ino, status.ino))
             self._describer.describe(lin, task.lin, status, xattrs, 0, target=target)
+
+    def _check_directory(self, fd: int, stat: Stat, status: Status) -> None:
+        """See :func:`check_inode`."""
+        if stat.ino != status.ino and self._stat is self._reader and is_mount(fd):
+            return
+        self._check((stat.ino, status.ino))
 
     def _file(
         self,

@@ -45,10 +45,10 @@ class Known:
             lin = found
         return lin
 
-    def by_inode(self, inode: int, path: bytes) -> int | None:
-        """The LIN of the directory that now is at a path, with this inode number; None where it is
-        not on record: then it is new."""
-        found = [lin for lin in self.directories(inode) if self._same_directory(lin, path)]
+    def standing(self, lins: list[int], path: bytes) -> int | None:
+        """Which of the directories on record that have its inode number now is at a path; None
+        where it is none of them: then it is new."""
+        found = [lin for lin in lins if self._same_directory(lin, path)]
         # Two file systems may both have that number, and keep no birth times.
         there = [lin for lin in found if len(found) > 1 and self.path(lin, {}) == path]
         return next(iter(there or found), None)

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -75,7 +75,7 @@ class Publisher:
         self._lease = lease
         self._settings = settings
 
-    def store_rows(self, rows: list[Meta | Entry], collected: Collected) -> None:
+    def store_rows(self, rows: Sequence[Meta | Entry], collected: Collected) -> None:
         """Store the coordinator's own rows."""
         if not rows:
             return

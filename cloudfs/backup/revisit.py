@@ -25,9 +25,8 @@ import msgspec
 from cloudfs.backup.known import Known
 from cloudfs.backup.walk import QUOTA, ScanParts, Walk
 from cloudfs.core.changelist import Changelist, DirChange
-from cloudfs.core.changes import DirRecord, decode_listing
+from cloudfs.core.changes import DirRecord, Visit, decode_listing
 from cloudfs.core.rows import ROOT_LIN
-from cloudfs.core.treediff import Visit
 from cloudfs.source.scan import Scanner, reason
 
 
@@ -54,14 +53,15 @@ class Revisit(Walk):
         self._taken: set[int] = set()
         self._moved: dict[int, bytes] = {}  # where directories that moved are now
         self._gone: dict[int, DirChange] = {}  # changes in what is not there, as far as was seen
-        self._in_doubt: set[int] = set()  # see rule 4
+        self._in_doubt: set[int] = set()  # directories that are not where they were looked for
         self._stands: dict[tuple[int, bytes], bool] = {}
         if self._roots.many:
             self._visit_top()
         if changes.inodes is not None:
             self._state.index_inodes()
         todo = self._on_record()
-        self._doubt(changes.elsewhere)
+        for inode in changes.elsewhere:
+            self._in_doubt.update(self._known_names.directories(inode))
         further: dict[int, DirChange] = {}
         for inode in changes.inodes or ():
             self._add_names(inode, todo, further)
@@ -100,18 +100,13 @@ class Revisit(Walk):
             elif top:
                 lin = self._known_names.by_path(change.path)
             else:
-                lin = self._known_names.by_inode(change.inode, change.path)
+                known = self._known_names.directories(change.inode)
+                lin = self._known_names.standing(known, change.path)
+                self._in_doubt.update(known if lin is None else ())
             # What is not on record is within something new, or left out of the backup.
-            if lin is None and change.inode:
-                self._doubt({change.inode})
             if lin is not None and not self._scanner.leaves_out(change.path):
                 found[lin] = change
         return found
-
-    def _doubt(self, inodes: set[int]) -> None:
-        """Directories on record that may have these numbers are not where they were looked for."""
-        for inode in inodes:
-            self._in_doubt.update(self._known_names.directories(inode))
 
     def _add_names(
         self, inode: int, todo: dict[int, DirChange], further: dict[int, DirChange]
@@ -239,7 +234,7 @@ class Revisit(Walk):
             visits = self.diff.settle(self._state.record, self._same_directory)
         while visits:
             known = [visit for visit in visits if self._state.record(visit[0]) is not None]
-            self._moved.update(known)
+            self._moved.update((lin, path) for lin, path, _ in known)
             if not self._scanner.filters.excludes:
                 # What moved is as it was. (Patterns may leave out other things in it now.)
                 visits = [visit for visit in visits if visit not in known]

@@ -14,9 +14,9 @@ import xxhash
 
 from cloudfs.backup.rebuild import TOP
 from cloudfs.core.assign import WorkQueue, bytes_of
-from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, decode_listing
+from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, Visit, decode_listing
 from cloudfs.core.rows import ROOT_LIN, Entry, Meta
-from cloudfs.core.treediff import TreeDiff, Visit, fingerprint
+from cloudfs.core.treediff import TreeDiff, fingerprint
 from cloudfs.db.state import SyncState
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.roots import Roots
@@ -79,7 +79,7 @@ class Walk:
     def _begin(self) -> None:
         """The root, as an entry without a name of a directory that nothing names."""
         listing = self._roots.root_listing()
-        scan = _made_up_scan(TOP, listing, [(0, b"")])
+        scan = _made_up_scan(TOP, listing, [(0, b"", 0)])
         record = self._state.record(TOP) if not self.first else None
         if record is None:
             task = DirTask(TOP, b"", listing, [(ROOT_LIN, 1)], None, [])
@@ -89,7 +89,7 @@ class Walk:
             self.counts.add(scan.counts)
         elif record.signature != scan.signature:
             self.diff.take(scan, record)
-        self._waiting = [(ROOT_LIN, b"")]
+        self._waiting = [(ROOT_LIN, b"", 0)]
 
     def _queue_root(self, task: DirTask) -> None:
         if self._roots.many:
@@ -101,16 +101,15 @@ class Walk:
 
     def step_first(self, scan: Callable[[ScanPart], ScanOutcome]) -> bool:
         """Walk on for a while and queue tasks; False when there is nothing more to walk."""
-        if self._roots.many and self._waiting == [(ROOT_LIN, b"")]:
+        if self._roots.many and self._waiting == [(ROOT_LIN, b"", 0)]:
             self._take_first(self._top_scan())
             self._waiting.pop(0)
         seen = 0
         index = 0
         while index < len(self._waiting) and seen < QUOTA:
-            lin, path = self._waiting[index]
+            outcome = scan(ScanPart([self._waiting[index]], 1))
             index += 1
-            outcome = scan(ScanPart([(lin, path)], 1))
-            for found in self._as_listed(outcome):
+            for found in outcome.changed:
                 self._take_first(found)
                 seen += found.counts.items + 1
             self._take_unlisted(outcome)
@@ -126,7 +125,7 @@ class Walk:
     def _top_scan(self) -> DirScan:
         listing = self._roots.top_listing()
         stats = decode_listing(listing)
-        return _made_up_scan(ROOT_LIN, listing, [(i, s.name) for i, s in enumerate(stats)])
+        return _made_up_scan(ROOT_LIN, listing, [(i, s.name, 0) for i, s in enumerate(stats)])
 
     def _take_first(self, scan: DirScan) -> None:
         task, record, visits = self.diff.take_new(scan)
@@ -154,7 +153,7 @@ class Walk:
         scan, record = self._top_scan(), self._state.record(ROOT_LIN)
         if record is not None and record.signature == scan.signature and self._trust:
             self.items_seen += record.counts.items
-            return [(lin, name) for name, lin in record.subdirs]
+            return [(lin, name, 0) for name, lin in record.subdirs]
         return self.diff.take(scan, record) or self.diff.settle(
             self._state.record, self._same_directory
         )
@@ -172,11 +171,10 @@ class Walk:
             self.items_seen += outcome.unchanged.items
             following.extend(outcome.left)
             self._take_unlisted(outcome)
-            found = self._as_listed(outcome)
             for lin, path, words in outcome.errors:
                 self.errors.append((path, words))
                 self._unread(lin)
-            for scan in found:
+            for scan in outcome.changed:
                 record = self._state.record(scan.lin)
                 self.items_seen += scan.counts.items
                 following.extend(self.diff.take(scan, record))
@@ -198,16 +196,6 @@ class Walk:
         for task in tasks:
             self._queue_changed(task)
         return visits
-
-    def _as_listed(self, outcome: ScanOutcome) -> list[DirScan]:
-        """The directories that were found; others that took their places are errors."""
-        found = []
-        for scan in outcome.changed:
-            if self.diff.is_as_listed(scan):
-                found.append(scan)
-            else:
-                outcome.errors.append((scan.lin, scan.path, "is another directory now"))
-        return found
 
     def _take_unlisted(self, outcome: ScanOutcome) -> None:
         self.errors.extend(outcome.unlisted)
@@ -298,7 +286,7 @@ class Walk:
             self._staged = []
 
 
-def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes]]) -> DirScan:
+def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes, int]]) -> DirScan:
     counts = Counts()
     for stat in decode_listing(listing):
         counts.count(stat)
@@ -307,6 +295,6 @@ def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes]]) ->
 
 
 def _record_of(scan: DirScan, first_lin: int) -> DirRecord:
-    subdirs = [(name, first_lin + index) for index, name in scan.subdirs]
+    subdirs = [(name, first_lin + index) for index, name, _ in scan.subdirs]
     runs = [(first_lin, scan.counts.items)]
     return DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts)

@@ -157,6 +157,11 @@ class DirRecord(msgspec.Struct, array_like=True):
         self.signature = b""
 
 
+Visit = tuple[int, bytes, int]
+"""A directory to visit: its LIN, its path below the source, and the inode number that it was listed
+with (0: whatever stands there). In a tree that does not stand still another may stand there."""
+
+
 class DirScan(msgspec.Struct, array_like=True):
     """One directory that is new or whose listing changed, as it was just read."""
 
@@ -165,14 +170,12 @@ class DirScan(msgspec.Struct, array_like=True):
     dev: int
     signature: bytes
     listing: bytes
-    subdirs: list[tuple[int, bytes]]  # index in the listing, name
+    subdirs: list[tuple[int, bytes, int]]  # index in the listing, name, inode number as in Visit
     links: list[int]  # indexes of files with several names
     doubtful: list[int]
     counts: Counts
     ranges: dict[int, list[Range]] = {}  # of files by index: only these bytes can be others
     mapped: list[int] = []  # of files whose data can be another whatever lstat says
-    ino: int = 0  # its own
-    inodes: list[int] = []  # of ``subdirs``; 0 where there may be another when they are opened
 
 
 class DirTask(msgspec.Struct, array_like=True):

@@ -41,14 +41,12 @@ from cloudfs.core.changes import (
     DirTask,
     LinRuns,
     Stat,
+    Visit,
     collapse,
     decode_listing,
 )
 from cloudfs.core.rows import Entry, ItemType, Meta
 from cloudfs.core.vanished import Lookup, SameDirectory, Vanished, VanishedItems
-
-Visit = tuple[int, bytes]
-"""A directory to visit: its LIN and its path below the source."""
 
 
 @dataclass(slots=True)
@@ -100,10 +98,9 @@ class TreeDiff:
         self.vanished = VanishedItems()
         self._links: dict[tuple[int, int], int] = {}
         self._described: set[int] = set()  # LINs of several names that have an item
-        self._unmoved: dict[int, Stat] = {}  # of several names, which looked as on record under one
+        self._as_recorded: dict[int, Stat] = {}  # of several names, where one looked so
         self._alive: set[int] = set()
         self.with_further_names: dict[int, bytes] = {}  # directories, and their paths
-        self._listed: dict[int, tuple[int, int]] = {}  # directories to visit: device, inode
 
     @property
     def waiting(self) -> int:
@@ -125,20 +122,6 @@ class TreeDiff:
             if item.stat.nlink > 1 and (item.directory.scan.dev, item.stat.ino) not in self._links
         }
 
-    def is_as_listed(self, scan: DirScan) -> bool:
-        """Whether a directory that was visited is the one that was listed: in a tree that does not
-        stand still another may have its name by then. To be asked once, before it is taken.
-
-        Where something is mounted there, or was when it was opened, that cannot be told.
-        """
-        dev, ino = self._listed.pop(scan.lin, (scan.dev, 0))
-        return ino in (0, scan.ino) or dev != scan.dev
-
-    def _visit(self, lin: int, scan: DirScan, stat: Stat) -> Visit:
-        """A directory that was listed."""
-        self._listed[lin] = scan.dev, 0 if stat.mount else stat.ino
-        return lin, _join(scan.path, stat.name)
-
     # -- the first backup ----------------------------------------------------------------------
 
     def take_new(self, scan: DirScan) -> tuple[DirTask, DirRecord, list[Visit]]:
@@ -147,7 +130,10 @@ class TreeDiff:
         first = self.allot(count)
         runs: LinRuns = [(first, count)] if count else []
         items: list[int] | None = None
-        subdirs = [(name, first + index) for index, name in scan.subdirs]
+        subdirs = [(name, first + index) for index, name, _ in scan.subdirs]
+        visits = [
+            (first + index, _join(scan.path, name), inode) for index, name, inode in scan.subdirs
+        ]
         if scan.links:
             stats = decode_listing(scan.listing)
             lins = list(range(first, first + count))
@@ -164,9 +150,7 @@ class TreeDiff:
         self.tally.new += count
         task = DirTask(scan.lin, scan.path, scan.listing, runs, items)
         record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
-        for (_, lin), ino in zip(subdirs, scan.inodes, strict=False):  # of a made-up one: none
-            self._listed[lin] = scan.dev, ino
-        return task, record, [(lin, _join(scan.path, name)) for name, lin in subdirs]
+        return task, record, visits
 
     # -- later ones ----------------------------------------------------------------------------
 
@@ -185,7 +169,7 @@ class TreeDiff:
                 doubted = old[0] in doubtful or index in mapped
                 self._take_known(changed, index, stat, old, doubted)
                 if stat.is_dir:
-                    visits.append(self._visit(old[2], scan, stat))
+                    visits.append(_visit(old[2], scan, stat))
                 continue
             if old is not None:
                 self.vanished.add(Vanished(scan.lin, old[2], old[1], replaced=True))
@@ -224,7 +208,7 @@ class TreeDiff:
                 changed.scan.ranges.pop(index, None)
             self.tally.changed += stat != old_stat
         elif linked:
-            self._unmoved[lin] = stat
+            self._as_recorded[lin] = stat
 
     # -- during the walk -----------------------------------------------------------------------
 
@@ -248,7 +232,7 @@ class TreeDiff:
             self.tally.new += 1
             fresh.setdefault(scan.lin, []).append(item)
             if stat.is_dir:
-                visits.append(self._visit(lin, scan, stat))
+                visits.append(_visit(lin, scan, stat))
         return [_early_task(items) for items in fresh.values()], visits
 
     # -- after the walk ------------------------------------------------------------------------
@@ -271,7 +255,7 @@ class TreeDiff:
             lin = self.allot(1)
             self._place(item, lin)
             self.tally.new += 1
-            visits.append(self._visit(lin, item.directory.scan, item.stat))
+            visits.append(_visit(lin, item.directory.scan, item.stat))
         return visits
 
     def _match_directories(self, same_directory: SameDirectory) -> list[Visit]:
@@ -286,7 +270,7 @@ class TreeDiff:
             self._alive.add(lin)
             self._place(item, lin)
             self.tally.moved += 1
-            visits.append(self._visit(lin, item.directory.scan, item.stat))
+            visits.append(_visit(lin, item.directory.scan, item.stat))
         return visits
 
     def _place(self, item: _Appeared, lin: int) -> None:
@@ -339,7 +323,7 @@ class TreeDiff:
         directory.names.append(index)
         directory.bases.pop(index, None)
         self.tally.new += 1
-        seen = self._unmoved.get(lin)
+        seen = self._as_recorded.get(lin)
         changed = seen is not None and replace(item.stat, name=seen.name) != seen
         if changed and lin not in self._described:
             self._described.add(lin)
@@ -358,7 +342,7 @@ class TreeDiff:
         items, names = sorted(changed.items), sorted(changed.names)
         chosen = set(items)
         bases = {index: lin for index, lin in changed.bases.items() if index in chosen}
-        subdirs = [(name, changed.lins[index]) for index, name in scan.subdirs]
+        subdirs = [(name, changed.lins[index]) for index, name, _ in scan.subdirs]
         record = DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)
         if not items and not names:
             return None, scan.lin, record
@@ -389,6 +373,11 @@ class TreeDiff:
             metas[item.lin] = Meta(item.lin, snapshot, kind)
             self.tally.deleted += 1
         return [metas[lin] for lin in sorted(metas)], sorted(entries, key=_entry_order), dead
+
+
+def _visit(lin: int, scan: DirScan, stat: Stat) -> Visit:
+    """A directory that was listed."""
+    return lin, _join(scan.path, stat.name), 0 if stat.mount else stat.ino
 
 
 def _early_task(items: list[_Appeared]) -> DirTask:

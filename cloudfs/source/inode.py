@@ -127,6 +127,21 @@ def open_directory(root_fd: int, path: bytes) -> int:
             os.close(fd)
 
 
+def check_inode(fd: int, inode: int, mask: int = -1) -> int:
+    """The device of an open directory; raises FileNotFoundError where it is not the one with this
+    inode number (0: any is right)."""
+    status = os.fstat(fd)
+    if inode not in (0, status.st_ino & mask) and not is_mount(fd):
+        raise FileNotFoundError(errno.ENOENT, "is gone")
+    return status.st_dev
+
+
+def is_mount(fd: int) -> bool:
+    """Whether an open directory is the top of a file system: it may have been mounted by opening
+    it, or since the directory was listed, whose inode number it has not."""
+    return os.fstat(fd).st_dev != os.stat("..", dir_fd=fd).st_dev
+
+
 def read_xattrs(target: int | bytes, *, follow: bool = False) -> dict[bytes, bytes] | None:
     """All extended attributes of an open file or of a path (a symlink's own, but for ``follow``);
     None for none."""

@@ -16,7 +16,6 @@ so any process can run any part of a scan.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat as st
 import time
@@ -27,8 +26,8 @@ import msgspec
 import xxhash
 
 from cloudfs.core.changelist import DirChange
-from cloudfs.core.changes import Counts, DirRecord, DirScan
-from cloudfs.source.inode import open_directory
+from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
+from cloudfs.source.inode import check_inode, open_directory
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
 from cloudfs.source.roots import HOLDING, Roots
@@ -71,9 +70,9 @@ class Filters(msgspec.Struct, frozen=True):
 
 
 class ScanPart(msgspec.Struct, array_like=True):
-    """Directories to visit: (LIN, or 0 for a new one, and path below the source)."""
+    """Directories to visit."""
 
-    dirs: list[tuple[int, bytes]]
+    dirs: list[Visit]
     quota: int  # entries after which what is left is handed back
 
 
@@ -82,7 +81,7 @@ class ScanOutcome(msgspec.Struct, array_like=True):
 
     unchanged: Counts = msgspec.field(default_factory=Counts)
     changed: list[DirScan] = msgspec.field(default_factory=list)
-    left: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
+    left: list[Visit] = msgspec.field(default_factory=list)
     errors: list[tuple[int, bytes, str]] = msgspec.field(default_factory=list)
     unlisted: list[tuple[bytes, str]] = msgspec.field(default_factory=list)
 
@@ -117,10 +116,10 @@ class Scanner:
             if seen >= part.quota:
                 outcome.left = stack
                 break
-            lin, path = stack.pop()
+            lin, path, inode = stack.pop()
             record = lookup(lin) if lin else None
             try:
-                found = self.visit(lin, path, record)
+                found = self.visit(lin, path, record, inode)
             except OSError as error:
                 outcome.errors.append((lin, path, reason(error)))
                 continue
@@ -129,7 +128,7 @@ class Scanner:
                 outcome.unchanged.add(record.counts)
                 seen += record.counts.items + 1
                 prefix = path + b"/" if path else b""
-                stack.extend((sub, prefix + name) for name, sub in reversed(record.subdirs))
+                stack.extend((sub, prefix + name, 0) for name, sub in reversed(record.subdirs))
             else:
                 seen += found.counts.items + 1
                 outcome.changed.append(found)
@@ -167,7 +166,7 @@ class Scanner:
         root_fd, below = place
         fd = open_directory(root_fd, below)
         try:
-            dev, ino = check_inode(fd, inode, mask)
+            dev = check_inode(fd, inode, mask)
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
@@ -194,7 +193,7 @@ class Scanner:
         signature = xxhash.xxh3_128_digest(listing)
         if record is not None and record.signature == signature and not self._mapped(dev, entries):
             return None
-        found = _describe(lin, path, (dev, ino), entries, listing, signature, now_ns)
+        found = _describe(lin, path, dev, entries, listing, signature, now_ns)
         return self._doubting_mapped(found, entries)
 
     @staticmethod
@@ -245,7 +244,7 @@ class Scanner:
         nested = self.roots.nested_in(change.path)
         fd = open_directory(root_fd, below)
         try:
-            dev, ino = check_inode(fd, change.inode, self._mask)
+            dev = check_inode(fd, change.inode, self._mask)
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []
@@ -276,7 +275,7 @@ class Scanner:
         signature = xxhash.xxh3_128_digest(listing)
         if record.signature == signature:
             return None
-        found = _describe(lin, change.path, (dev, ino), entries, listing, signature, now_ns)
+        found = _describe(lin, change.path, dev, entries, listing, signature, now_ns)
         found = self._doubting_mapped(found, entries)
         if reread:
             return found
@@ -372,14 +371,14 @@ def _raw(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> RawEn
 def _describe(
     lin: int,
     path: bytes,
-    identity: tuple[int, int],
+    dev: int,
     entries: list[RawEntry],
     listing: bytes,
     signature: bytes,
     now_ns: int,
 ) -> DirScan:
     counts = Counts()
-    subdirs, links, doubtful, inodes = [], [], [], []
+    subdirs, links, doubtful = [], [], []
     for index, entry in enumerate(entries):
         mode = entry[1] & 0o170000
         if mode == st.S_IFREG:
@@ -389,8 +388,7 @@ def _describe(
                 links.append(index)
         elif mode == st.S_IFDIR:
             counts.dirs += 1
-            subdirs.append((index, entry[0]))
-            inodes.append(0 if entry[-1] else entry[2])
+            subdirs.append((index, entry[0], 0 if entry[-1] else entry[2]))
         else:
             if mode == st.S_IFLNK:
                 counts.symlinks += 1
@@ -402,21 +400,7 @@ def _describe(
             doubtful.append(index)
     if doubtful:
         signature = b""
-    dev, ino = identity
-    return DirScan(
-        lin, path, dev, signature, listing, subdirs, links, doubtful, counts,
-        ino=ino, inodes=inodes,
-    )  # fmt: skip
-
-
-def check_inode(fd: int, inode: int, mask: int = -1) -> tuple[int, int]:
-    """The device and inode number of an open directory; raises FileNotFoundError where it is not
-    the one with this inode number (0: any is right)."""
-    status = os.fstat(fd)
-    ino = status.st_ino & mask
-    if inode not in (0, ino):
-        raise FileNotFoundError(errno.ENOENT, "is gone")
-    return status.st_dev, ino
+    return DirScan(lin, path, dev, signature, listing, subdirs, links, doubtful, counts)
 
 
 def is_fresh(ctime_ns: int, now_ns: int) -> bool:

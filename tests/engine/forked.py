@@ -113,14 +113,16 @@ def serve(line: socket.socket) -> None:
     for name in ("cloudfs.fuse.live.serve", "cloudfs.fuse.mount"):  # what daemon.main imports
         importlib.import_module(name)
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody else waits for them
     while True:
         which, fds, _, _ = socket.recv_fds(line, 1, 2)
         if not which:
             return
+        # Only now: until then the number of one that ended is nobody else's, who kills by number.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         pid = os.fork()
         if not pid:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             line.close()
             os.setsid()
             for fd, standard in zip(fds, (0, 1), strict=True):

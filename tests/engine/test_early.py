@@ -10,8 +10,8 @@ import pytest
 from cloudfs.backup import revisit, walk
 from cloudfs.backup import sync as engine
 from cloudfs.core.changelist import Changelist, DirChange
-from cloudfs.core.changes import DirTask
-from cloudfs.core.treediff import TreeDiff, Visit
+from cloudfs.core.changes import DirTask, Visit
+from cloudfs.core.treediff import TreeDiff
 from cloudfs.source.ready import Ready
 from tests.engine.rig import Rig, contents_of_tree, difference
 
@@ -71,7 +71,7 @@ def test_the_same_where_a_changelist_names_it(rig: Rig, monkeypatch: pytest.Monk
 
     def judging(self: TreeDiff, known: set[int]) -> tuple[list[DirTask], list[Visit]]:
         tasks, visits = real(self, known)
-        judged.extend(path for _, path in visits)
+        judged.extend(path for _, path, _ in visits)
         return tasks, visits
 
     monkeypatch.setattr(TreeDiff, "judge_early", judging)

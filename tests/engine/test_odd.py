@@ -11,12 +11,14 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloudfs.backup import dispatch
+from cloudfs.core.changes import DirScan
 from cloudfs.core.errors import SourceError, UsageError
-from cloudfs.source.scan import Filters
+from cloudfs.source.scan import Filters, Scanner
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 BLOCK = 4096
@@ -279,3 +281,26 @@ def test_a_dry_run_leaves_nothing_behind(rig: Rig) -> None:
     check(rig)
     (rig.tree / "y" / "file").write_text("more")
     check(rig)
+
+
+def test_what_is_mounted_by_being_opened(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As automounts are: what was listed is the directory that is mounted over."""
+    (rig.tree / "place").mkdir()
+    real = Scanner.visit
+
+    def mounting(self: Scanner, lin: int, path: bytes, *rest: Any) -> DirScan | None:
+        if path == b"place":
+            subprocess.run(["mount", "-t", "tmpfs", "none", rig.tree / "place"], check=True)
+            (rig.tree / "place/file").write_text("mounted")
+        return real(self, lin, path, *rest)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scanner, "visit", mounting)
+            result = rig.sync()
+        assert result.snapshot is not None
+        assert not result.unreadable
+        assert b"/place/file" in rig.contents(result.snapshot.number)
+        check(rig)
+    finally:
+        subprocess.run(["umount", rig.tree / "place"], check=True)

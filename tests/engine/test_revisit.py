@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -57,6 +58,30 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return found
 
 
+def refuse_to_open(patch: pytest.MonkeyPatch, paths: set[bytes]) -> None:
+    real = os.open
+
+    def refusing(path: bytes, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path in paths:
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    patch.setattr(os, "open", refusing)
+
+
+def let_be_gone(patch: pytest.MonkeyPatch, names: set[bytes]) -> None:
+    """When they are read, items of these names are not there."""
+    real = FileReader._item
+
+    def gone(self: FileReader, *args: Any) -> None:
+        _, _, _, _, stat, _ = args
+        if stat.name in names:
+            raise FileNotFoundError(2, "No such file or directory")
+        real(self, *args)
+
+    patch.setattr(FileReader, "_item", gone)
+
+
 def check(rig: Rig) -> None:
     last = rig.history().snapshots[-1].number
     assert not difference(rig.contents(last), contents_of_tree(rig.tree))
@@ -72,15 +97,8 @@ def test_what_could_not_be_read_is_read_next_time_and_nothing_else(
     (rig.tree / "near/b").write_text("changed")
     (rig.tree / "near/d").write_text("new")
     tell(Changelist([DirChange(b"near", b"near", {b"b", b"d"}), DirChange(b"", b"", {b"near"})]))
-    real_open = os.open
-
-    def refusing(path: object, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        if path in (b"b", b"d"):
-            raise PermissionError(13, "Permission denied")
-        return real_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refusing)
+        refuse_to_open(patch, {b"b", b"d"})
         assert len(rig.sync().unreadable) == 2
         tell(Changelist())
         assert len(rig.sync().unreadable) == 2, "what is still unreadable must be reported again"
@@ -139,15 +157,8 @@ def test_a_directory_known_by_inode_that_cannot_be_opened_is_reported(
     (rig.tree / "above/known/file").write_text("after and longer")
     inode = (rig.tree / "above/known").stat().st_ino
     tell(Changelist([DirChange(b"above/known", None, {b"file"}, inode=inode)], {}))
-    real_open = os.open
-
-    def refusing(path: object, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        if path == b"above/known":
-            raise PermissionError(13, "Permission denied")
-        return real_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refusing)
+        refuse_to_open(patch, {b"above/known"})
         assert [path for path, _ in rig.sync().unreadable] == [b"above/known"]
     tell(Changelist([], {}))
     assert not rig.sync().unreadable
@@ -332,15 +343,8 @@ def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
     (rig.tree / "a/one").write_bytes(b"data" * 3000)
     for name in ("b/two", "c/three"):
         os.link(rig.tree / "a/one", rig.tree / name)
-    real = FileReader._item
-
-    def gone_meanwhile(self: FileReader, *args: object) -> None:
-        if args[4].name in gone:  # type: ignore[attr-defined]
-            raise FileNotFoundError(2, "No such file or directory")
-        real(self, *args)  # type: ignore[arg-type]
-
     with monkeypatch.context() as patch:
-        patch.setattr(FileReader, "_item", gone_meanwhile)
+        let_be_gone(patch, gone)
         result = rig.sync()
     assert {path.rpartition(b"/")[2] for path, _ in result.unreadable} == gone
     assert result.snapshot is not None
@@ -348,7 +352,7 @@ def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
     assert found.keys() >= {b"/b/two", b"/c/three"}
     assert b"/a/one" not in found
     if len(gone) < 3:
-        assert found[b"/b/two"][-1] == b"data" * 3000  # type: ignore[index]
+        assert b"data" * 3000 in cast(tuple[object, ...], found[b"/b/two"])
     assert not rig.sync().unreadable
     check(rig)
 
@@ -365,15 +369,8 @@ def test_a_directory_that_is_gone_when_it_is_described_leaves_nothing_behind(
         (rig.tree / "before").rename(rig.tree / "directory")
     (rig.tree / "directory/below").mkdir(parents=True, exist_ok=True)
     (rig.tree / "directory/below/file").write_text("data")
-    real = FileReader._item
-
-    def gone_meanwhile(self: FileReader, *args: object) -> None:
-        if args[4].name == b"directory":  # type: ignore[attr-defined]
-            raise FileNotFoundError(2, "No such file or directory")
-        real(self, *args)  # type: ignore[arg-type]
-
     with monkeypatch.context() as patch:
-        patch.setattr(FileReader, "_item", gone_meanwhile)
+        let_be_gone(patch, {b"directory"})
         result = rig.sync()
     assert result.unreadable == [(b"directory", "is gone")]
     assert result.snapshot is not None

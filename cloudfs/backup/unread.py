@@ -1,0 +1,119 @@
+"""What was found and could not be read: under which other name to try, and what is noted of it.
+
+1. A file of several names that is new is read under one of them. In a tree that does not stand
+   still that name may be gone, or another file's, by then. So the file is read under its other
+   names, one after the other: their entries lead to it already. If none of them does any more, it
+   is described as it was listed, without data, so that the snapshot is whole; each name that was
+   tried is reported.
+2. What could not be read is noted in the records, and the next sync looks at its directories again;
+   so it does at those that hold other names of a file, or the missing name would be taken for
+   another file when it is there again.
+3. A directory that is not in the snapshot after all has no record, nor has what is below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cloudfs.backup.packs import PackSettings
+from cloudfs.backup.walk import Walk
+from cloudfs.core.changes import DirRecord, DirTask, Stat, decode_listing, expand
+from cloudfs.core.rows import Meta
+from cloudfs.db.state import SyncState
+
+Absent = tuple[int, bytes, bool]
+"""LIN of the directory, name, whether the name is new in this snapshot."""
+
+Place = tuple[int, int]
+"""The LIN of a directory, and the index of a name in its listing."""
+
+
+class Unread:
+    """What one sync could not read."""
+
+    def __init__(self, state: SyncState, packing: PackSettings, walk: Walk) -> None:
+        self._state = state
+        self._packing = packing
+        self._walk = walk
+        self._absent: dict[int, dict[bytes, bool]] = {}  # by directory: names, whether new
+        self._left: dict[int, list[Place]] = {}  # names of new files that were not tried
+        self._holding: set[int] = set()  # directories of such names
+        self.given_up: list[Meta] = []  # rows of files that no name leads to
+
+    def take(self, absent: Iterable[Absent]) -> list[DirTask]:
+        """Take what could not be read, and tell what is to be tried instead."""
+        fresh: dict[int, dict[bytes, bool]] = {}
+        for directory, name, new in absent:
+            fresh.setdefault(directory, {})[name] = new
+        failed: dict[int, Stat] = {}
+        for directory, names in fresh.items():
+            self._absent.setdefault(directory, {}).update(names)
+            record = self._state.staged(directory, self._packing.snapshot)
+            for stat, lin in _entries(record) if record is not None else ():
+                linked = stat.nlink > 1 and not stat.is_dir
+                if linked and stat.name in names and lin >= self._packing.first_new_lin:
+                    failed[lin] = stat
+        self._find_names({lin for lin in failed if lin not in self._left})
+        return [task for lin, stat in failed.items() for task in self._next(lin, stat)]
+
+    def _find_names(self, lins: set[int]) -> None:
+        """Find the names of files in all directories that hold further names."""
+        self._left.update((lin, []) for lin in lins)
+        for directory in self._walk.diff.with_further_names if lins else ():
+            for index, (_, lin) in enumerate(_entries(self._record(directory))):
+                if lin in lins:
+                    self._left[lin].append((directory, index))
+                    self._holding.add(directory)
+
+    def _next(self, lin: int, stat: Stat) -> list[DirTask]:
+        while self._left[lin]:
+            directory, index = self._left[lin].pop(0)
+            record, path = self._record(directory), self._walk.diff.with_further_names[directory]
+            if decode_listing(record.listing)[index].name not in self._absent.get(directory, ()):
+                return [DirTask(directory, path, record.listing, record.lins, [index], [])]
+        self.given_up.append(self._as_listed(lin, stat))
+        return []
+
+    def _record(self, directory: int) -> DirRecord:
+        record = self._state.staged(directory, self._packing.snapshot)
+        assert record is not None, "what the walk laid down is there until the sync ends"
+        return record
+
+    def _as_listed(self, lin: int, stat: Stat) -> Meta:
+        return Meta(
+            lin,
+            self._packing.snapshot,
+            stat.type,
+            stat.mode & 0o7777,
+            stat.uid,
+            stat.gid,
+            mtime_ns=stat.mtime_ns,
+            ctime_ns=stat.ctime_ns,
+            nlink=stat.nlink,
+            ino=stat.ino,
+            rdev=stat.rdev,
+            block_size=self._packing.block_size if stat.is_file else 0,
+        )
+
+    def mark(self) -> None:
+        """Rules 2 and 3. To be called when all is read."""
+        walk, snapshot = self._walk, self._packing.snapshot
+        again = self._holding | self._absent.keys()
+        walk.unread.update(again)
+        for lin in again:
+            record = self._state.staged(lin, snapshot)
+            if record is None:  # it is one of those that are not in the snapshot
+                continue
+            names = self._absent.get(lin, {})
+            absent = {name for name, new in names.items() if new}
+            for name, below in record.subdirs:
+                if name in absent:
+                    walk.forget(below)
+            walk.counts.add(record.counts, -1)
+            record.mark_unread(absent, names.keys() - absent)
+            walk.counts.add(record.counts)
+            self._state.put_records(snapshot, [(lin, record)])
+
+
+def _entries(record: DirRecord) -> list[tuple[Stat, int]]:
+    return list(zip(decode_listing(record.listing), expand(record.lins), strict=True))
