@@ -98,6 +98,18 @@ class Describer:
         if old is None or not _alike(old, meta):
             self._packer.rows.metas.append(meta)
 
+    def keep(self, lin: int, parent: int) -> bool:
+        """Let an item be as it was at the last snapshot, in a directory; False where it was not."""
+        old = None
+        if self._view is not None and lin < self._first_new_lin:
+            old = self._view.meta(lin)
+        if old is None:
+            return False
+        self._packer.rows.metas.append(
+            msgspec.structs.replace(old, snap=self._snapshot, parent=parent)
+        )
+        return True
+
     def _user(self, uid: int) -> str:
         name = self._users.get(uid)
         if name is None:

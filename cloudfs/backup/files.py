@@ -22,7 +22,7 @@ from cloudfs.backup.data import DataReader, FileData
 from cloudfs.backup.describe import Describer
 from cloudfs.backup.packs import Base, Packer
 from cloudfs.core.changelist import Range
-from cloudfs.core.changes import DirTask, Stat, decode_listing, expand
+from cloudfs.core.changes import Absent, DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
 from cloudfs.source.inode import StatReader, Status, is_mount, read_xattrs, reflink
 from cloudfs.source.live.beneath import TouchedSince
@@ -38,8 +38,7 @@ class Outcome:
     """What an assignment met."""
 
     errors: list[tuple[bytes, str]] = field(default_factory=list)
-    # (directory LIN, name, whether it is new)
-    absent: list[tuple[int, bytes, bool]] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
     parts: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
@@ -129,8 +128,9 @@ class FileReader:
         lins: list[int],
         items: list[int] | range,
     ) -> set[int]:
-        """Read the items; returns the indexes of new ones that could not be read."""
-        new = set(range(len(stats)) if task.names is None else task.names)
+        """Read the items; returns the indexes of new ones that could not be read. What is known and
+        moved stays as it was, under its new name."""
+        named = set(range(len(stats)) if task.names is None else task.names)
         absent = set()
         with Opened(roots, task.path) as place:
             for index in items:
@@ -139,8 +139,10 @@ class FileReader:
                     if not self._beneath_mount(place, task, index, stat, lin):
                         self._item(place.frozen(), roots.open, task, index, stat, lin)
                 except OSError as error:
-                    self._failed(task, stat, error, index in new)
-                    if index in new:
+                    new = index in named and not self._describer.keep(lin, task.lin)
+                    self.outcome.errors.append((_join(task.path, stat.name), reason(error)))
+                    self.outcome.absent.append(Absent(task.lin, lin, stat, new))
+                    if new:
                         absent.add(index)
         return absent
 
@@ -159,10 +161,6 @@ class FileReader:
             return False
         finally:
             self._check, self._stat = _check_listed, self._reader
-
-    def _failed(self, task: DirTask, stat: Stat, error: OSError, new: bool) -> None:
-        self.outcome.errors.append((_join(task.path, stat.name), reason(error)))
-        self.outcome.absent.append((task.lin, stat.name, new))
 
     def _item(
         self,

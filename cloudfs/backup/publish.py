@@ -21,6 +21,7 @@ import msgspec
 from cloudfs.backup.coalesce import PageSpool, RunWriter, merge_runs
 from cloudfs.backup.packs import Packer, PackSettings
 from cloudfs.backup.worker import Done
+from cloudfs.core.changes import Absent
 from cloudfs.core.errors import Held, StoreError
 from cloudfs.core.manifest import Manifest, Retired, Run, SnapshotRecord
 from cloudfs.core.rows import Entry, Meta, PackRow, Table
@@ -39,7 +40,7 @@ class Collected:
     spool: PageSpool
     packs: list[PackRow] = field(default_factory=list)
     errors: list[tuple[bytes, str]] = field(default_factory=list)
-    absent: list[tuple[int, bytes, bool]] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
     adopted: set[bytes] = field(default_factory=set)
     parts: dict[int, set[tuple[int, int, int]]] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests)

@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -118,6 +118,15 @@ class Revisit(Walk):
             change.names.add(name)
             if ranges is not None:
                 change.ranges.setdefault(name, []).extend(ranges)
+
+    def _in_force(self, inodes: set[int]) -> Iterator[tuple[int, DirRecord]]:
+        if self._changes.inodes is None:
+            yield from super()._in_force(inodes)
+            return
+        for lin in {lin for ino in inodes for lin in self._state.directories_with(ino)}:
+            record = self._state.record(lin)
+            if record is not None:
+                yield lin, record
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -233,11 +242,11 @@ class Revisit(Walk):
         if not visits:
             visits = self.diff.settle(self._state.record, self._same_directory)
         while visits:
-            known = [visit for visit in visits if self._state.record(visit[0]) is not None]
-            self._moved.update((lin, path) for lin, path, _ in known)
+            known = {lin: path for lin, path, _ in visits if self._state.record(lin) is not None}
+            self._moved.update(known)
             if not self._scanner.filters.excludes:
                 # What moved is as it was. (Patterns may leave out other things in it now.)
-                visits = [visit for visit in visits if visit not in known]
+                visits = [visit for visit in visits if visit[0] not in known]
             while visits:
                 visits = self._visit(visits, scan_parts, 1, quota)
             visits = self.diff.settle(self._state.record, self._same_directory)

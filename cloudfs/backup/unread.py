@@ -17,12 +17,9 @@ from collections.abc import Iterable
 
 from cloudfs.backup.packs import PackSettings
 from cloudfs.backup.walk import Walk
-from cloudfs.core.changes import DirRecord, DirTask, Stat, decode_listing, expand
+from cloudfs.core.changes import Absent, DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Meta
 from cloudfs.db.state import SyncState
-
-Absent = tuple[int, bytes, bool]
-"""LIN of the directory, name, whether the name is new in this snapshot."""
 
 Place = tuple[int, int]
 """The LIN of a directory, and the index of a name in its listing."""
@@ -42,17 +39,12 @@ class Unread:
 
     def take(self, absent: Iterable[Absent]) -> list[DirTask]:
         """Take what could not be read, and tell what is to be tried instead."""
-        fresh: dict[int, dict[bytes, bool]] = {}
-        for directory, name, new in absent:
-            fresh.setdefault(directory, {})[name] = new
         failed: dict[int, Stat] = {}
-        for directory, names in fresh.items():
-            self._absent.setdefault(directory, {}).update(names)
-            record = self._state.staged(directory, self._packing.snapshot)
-            for stat, lin in _entries(record) if record is not None else ():
-                linked = stat.nlink > 1 and not stat.is_dir
-                if linked and stat.name in names and lin >= self._packing.first_new_lin:
-                    failed[lin] = stat
+        for item in absent:
+            self._absent.setdefault(item.directory, {})[item.stat.name] = item.new
+            linked = item.stat.nlink > 1 and not item.stat.is_dir
+            if linked and item.lin >= self._packing.first_new_lin:
+                failed[item.lin] = item.stat
         self._find_names({lin for lin in failed if lin not in self._left})
         return [task for lin, stat in failed.items() for task in self._next(lin, stat)]
 
@@ -60,7 +52,7 @@ class Unread:
         """Find the names of files in all directories that hold further names."""
         self._left.update((lin, []) for lin in lins)
         for directory in self._walk.diff.with_further_names if lins else ():
-            for index, (_, lin) in enumerate(_entries(self._record(directory))):
+            for index, (_, lin) in enumerate(self._entries(directory)):
                 if lin in lins:
                     self._left[lin].append((directory, index))
                     self._holding.add(directory)
@@ -68,16 +60,20 @@ class Unread:
     def _next(self, lin: int, stat: Stat) -> list[DirTask]:
         while self._left[lin]:
             directory, index = self._left[lin].pop(0)
-            record, path = self._record(directory), self._walk.diff.with_further_names[directory]
+            record = self._state.staged(directory, self._packing.snapshot)
+            assert record is not None
             if decode_listing(record.listing)[index].name not in self._absent.get(directory, ()):
+                path = self._walk.diff.with_further_names[directory]
                 return [DirTask(directory, path, record.listing, record.lins, [index], [])]
         self.given_up.append(self._as_listed(lin, stat))
         return []
 
-    def _record(self, directory: int) -> DirRecord:
+    def _entries(self, directory: int) -> list[tuple[Stat, int]]:
+        """What was listed in a directory, with LINs; nothing for one that turned out to be gone."""
         record = self._state.staged(directory, self._packing.snapshot)
-        assert record is not None, "what the walk laid down is there until the sync ends"
-        return record
+        if record is None:
+            return []
+        return list(zip(decode_listing(record.listing), expand(record.lins), strict=True))
 
     def _as_listed(self, lin: int, stat: Stat) -> Meta:
         return Meta(
@@ -113,7 +109,3 @@ class Unread:
             record.mark_unread(absent, names.keys() - absent)
             walk.counts.add(record.counts)
             self._state.put_records(snapshot, [(lin, record)])
-
-
-def _entries(record: DirRecord) -> list[tuple[Stat, int]]:
-    return list(zip(decode_listing(record.listing), expand(record.lins), strict=True))

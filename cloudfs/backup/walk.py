@@ -8,6 +8,7 @@ where very much has appeared, what cannot have moved is handed out during the wa
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 import xxhash
@@ -249,6 +250,7 @@ class Walk:
 
     def bury(self, snapshot: int) -> tuple[list[Meta], list[Entry]]:
         """The tombstones of what is gone; its directories' records go too."""
+        self._keep_named()
         metas, entries, dead = self.diff.tombstones(snapshot)
         for lin in dead:
             old = self._state.record(lin)
@@ -258,6 +260,36 @@ class Walk:
             self.changed.append(lin)
         self._flush()
         return metas, entries
+
+    def _keep_named(self) -> None:
+        """Keep what has a name elsewhere; see rule 7 of :mod:`cloudfs.core.treediff`."""
+        head = self._state.head
+        every = bool(self.unread or self.unread_elsewhere or head.again or head.unread)
+        doubtful = self.diff.in_doubt(every=every)
+        more = bool(doubtful)
+        while more:  # what is in a directory that is kept is not gone with it
+            lins, found = sorted(doubtful), set[int]()
+            for record in self._standing(set(doubtful.values())):
+                for first, count in record.lins:
+                    found.update(lins[bisect_left(lins, first) : bisect_left(lins, first + count)])
+            self.diff.keep(found)
+            doubtful = {lin: ino for lin, ino in doubtful.items() if lin not in found}
+            more = every and bool(doubtful and found)
+
+    def _standing(self, inodes: set[int]) -> Iterator[DirRecord]:
+        """The records, as they are to be, of directories that are there, if they hold any of these
+        inode numbers."""
+        looked_at, is_gone = set(self.changed), self.diff.vanished.is_gone
+        for lin in looked_at:
+            record = self._state.staged(lin, self._snapshot)
+            if record is not None and not is_gone(lin):
+                yield record
+        for lin, record in self._in_force(inodes):
+            if lin not in looked_at and not is_gone(lin):
+                yield record
+
+    def _in_force(self, _inodes: set[int]) -> Iterator[tuple[int, DirRecord]]:
+        return self._state.all_records()
 
     def forget(self, lin: int) -> None:
         """A directory that was found is not in the snapshot after all: nor is what is below it."""

@@ -17,7 +17,7 @@ from cloudfs.backup.data import DataReader
 from cloudfs.backup.describe import Describer
 from cloudfs.backup.files import FileReader
 from cloudfs.backup.packs import Packer, PackSettings
-from cloudfs.core.changes import DirTask
+from cloudfs.core.changes import Absent, DirTask
 from cloudfs.core.manifest import Manifest
 from cloudfs.core.rows import PackRow
 from cloudfs.db.state import SyncState
@@ -63,7 +63,7 @@ class Done(msgspec.Struct, array_like=True):
     pages: list[Page]
     packs: list[PackRow]
     errors: list[tuple[bytes, str]]
-    absent: list[tuple[int, bytes, bool]]
+    absent: list[Absent]
     adopted: list[bytes]
     parts: list[tuple[int, int, int, int]]
     items: int

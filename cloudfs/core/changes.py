@@ -178,6 +178,15 @@ class DirScan(msgspec.Struct, array_like=True):
     mapped: list[int] = []  # of files whose data can be another whatever lstat says
 
 
+class Absent(msgspec.Struct, array_like=True):
+    """An item that was listed and could not be read; ``new``: its name is not in the snapshot."""
+
+    directory: int  # LIN
+    lin: int
+    stat: Stat
+    new: bool
+
+
 class DirTask(msgspec.Struct, array_like=True):
     """What a worker is to do in one directory.
 

@@ -17,8 +17,11 @@ The walk hands in every directory whose listing differs; this module decides whi
    other name came from a record; one with the inode, type, size and mtime of a vanished one has
    moved. The rest is new and gets LINs in the order of (parent, name),
    so that a directory's children lie side by side.
-7. What vanished and was not matched is deleted, unless another name of it was seen alive: a change
-   of links changes ctime, so all other names of a file that lost one stand in changed listings.
+7. What vanished and was not matched is deleted, unless another name of it is there: a change of
+   links changes ctime, so all other names of a file that lost one stand in changed listings. Names
+   also go with a directory that leaves the tree, which changes no file; and what was listed of a
+   directory that cannot be read is out of date. Then there may be others where nobody looked
+   (:meth:`TreeDiff.in_doubt`).
 8. A new file that took the name of another is compared with the blocks of that one: a file that
    was replaced by an almost equal one uploads only what differs.
 
@@ -354,14 +357,33 @@ class TreeDiff:
         task = DirTask(scan.lin, scan.path, scan.listing, runs, items, names, bases, ranges=ranges)
         return task, scan.lin, record
 
+    def in_doubt(self, *, every: bool) -> dict[int, int]:
+        """LINs, with their inode numbers, that are to be deleted though they may have other names:
+        files of which fewer names vanished than they had, or (``every``) all. To be asked before
+        :meth:`tombstones`; see :meth:`keep`."""
+        gone: dict[int, set[tuple[int, bytes]]] = {}
+        stats: dict[int, Stat] = {}
+        for item in self.vanished:
+            if item.lin not in self._alive:
+                gone.setdefault(item.lin, set()).add((item.parent, item.stat.name))
+                stats[item.lin] = item.stat
+        return {
+            lin: stat.ino
+            for lin, stat in stats.items()
+            if every or (not stat.is_dir and len(gone[lin]) < stat.nlink)
+        }
+
+    def keep(self, lins: set[int]) -> None:
+        """These have other names."""
+        self._alive |= lins
+        self.vanished.keep(lins)
+
     def tombstones(self, snapshot: int) -> tuple[list[Meta], list[Entry], list[int]]:
         """Rows for what is gone, and the LINs of directories that are. Call after finish."""
         metas: dict[int, Meta] = {}
         entries: list[Entry] = []
         dead: list[int] = []
         for item in self.vanished:
-            if item.with_parent and not self.vanished.is_gone(item.parent):
-                continue  # its directory turned out to have moved; the visit there judged it
             if not item.replaced and not item.with_parent:
                 entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
             if item.lin in self._alive or item.lin in metas:

@@ -6,7 +6,7 @@ directory above it, may yet appear elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cloudfs.core.changes import DirRecord, Stat
@@ -39,11 +39,16 @@ class VanishedItems:
         self._moved: set[int] = set()  # directories that appeared elsewhere
 
     def __iter__(self) -> Iterator[Vanished]:
-        return (item for items in self._by_inode.values() for item in items)
+        return (item for ino in self._by_inode for item in self.with_inode(ino))
 
-    def with_inode(self, ino: int) -> Sequence[Vanished]:
-        """Those of an inode number."""
-        return self._by_inode.get(ino, ())
+    def with_inode(self, ino: int) -> list[Vanished]:
+        """Those of an inode number; without what went with a directory that turned out to have
+        moved: where that one was visited, it was judged there, and else it is in there still."""
+        return [
+            item
+            for item in self._by_inode.get(ino, ())
+            if not item.with_parent or self.is_gone(item.parent)
+        ]
 
     def add(self, item: Vanished) -> None:
         """An item vanished."""
@@ -63,6 +68,10 @@ class VanishedItems:
                 self._moved.add(item.lin)
                 return item.lin
         return None
+
+    def keep(self, lins: set[int]) -> None:
+        """Directories are not gone after all."""
+        self._moved |= lins
 
     def open_directories(self, lookup: Lookup) -> bool:
         """Let what directories held that vanished, and did not appear elsewhere, vanish as well;

@@ -28,7 +28,7 @@ DEEDS = [
     "change_keeping_mtime", "write_far_beyond", "punch", "copy_range", "clone", "hold",
     "write_held", "cut_held", "change_held", "let_go", "rename", "rename_to_free",
     "exchange", "link", "remove", "replace", "make_socket", "attributes", "put_times_back",
-    "xattr", "storm",
+    "xattr", "storm", "move_out", "move_in",
 ]  # fmt: skip
 """What hands do, but for mappings: where somebody else cuts the file, they end who maps it."""
 

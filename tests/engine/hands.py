@@ -184,6 +184,14 @@ class Hands:
             finally:
                 os.close(at)
 
+    @property
+    def aside(self) -> bytes:
+        """A place beside the tree."""
+        return b"%s-aside-%d" % (self.top, os.getpid())
+
+    move_out = Tree.move_out
+    move_in = Tree.move_in
+
     def put_times_back(self, parts: list[bytes]) -> None:
         self.settle()
         with contextlib.suppress(OSError):

@@ -89,6 +89,23 @@ class Tree(RuleBasedStateMachine):
         with contextlib.suppress(OSError):
             os.rename(self.path(a), self.path(b))
 
+    @property
+    def aside(self) -> bytes:
+        """A place beside the tree."""
+        return os.fsencode(self.base / "aside")
+
+    @rule(parts=PLACES)
+    def move_out(self, parts: list[bytes]) -> None:
+        """Out of the tree, unless that is another file system."""
+        with contextlib.suppress(OSError):
+            if not os.path.lexists(self.aside):
+                os.rename(self.path(parts), self.aside)
+
+    @rule(parts=PLACES)
+    def move_in(self, parts: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            os.rename(self.aside, self.path(parts))
+
     @rule(a=PLACES, b=PLACES)
     def link(self, a: list[bytes], b: list[bytes]) -> None:
         with contextlib.suppress(OSError):

@@ -234,6 +234,28 @@ def test_what_changed_within_what_moves_when_others_are_looked_at(rig: Rig, tell
     check(rig)
 
 
+@pytest.mark.parametrize("source", ["scan", "told"])
+def test_a_name_that_leaves_the_tree_with_its_directory(
+    rig: Rig, request: pytest.FixtureRequest, source: str
+) -> None:
+    """The file has another one where nothing changed, and is not deleted."""
+    for name in ("a", "b/below", "c"):
+        (rig.tree / name).mkdir(parents=True)
+    (rig.tree / "a/one").write_text("data")
+    (rig.tree / "c/gone").write_text("gone")
+    os.link(rig.tree / "a/one", rig.tree / "b/below/two")
+    os.link(rig.tree / "c/gone", rig.tree / "a/gone-too")
+    rig.sync()
+    (rig.tree / "a").rename(rig.base / "outside")
+    (rig.tree / "c").rename(rig.base / "outside too")
+    if source == "told":
+        top = DirChange(b"", None, {b"a", b"c"}, inode=rig.tree.stat().st_ino)
+        request.getfixturevalue("tell")(Changelist([top], {}))
+    result = rig.sync()
+    assert result.deleted == 3, "two directories and one file"
+    check(rig)
+
+
 def test_data_that_changed_behind_the_same_times(rig: Rig, tell: Tell) -> None:
     """Where a source says so, data is compared though lstat says that nothing changed."""
     for name in ("told", "untold"):
@@ -357,17 +379,12 @@ def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
     check(rig)
 
 
-@pytest.mark.parametrize("moved", [False, True])
 def test_a_directory_that_is_gone_when_it_is_described_leaves_nothing_behind(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, moved: bool
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (rig.tree / "beside").write_text("beside")
-    if moved:
-        (rig.tree / "before/below").mkdir(parents=True)
     rig.sync()
-    if moved:
-        (rig.tree / "before").rename(rig.tree / "directory")
-    (rig.tree / "directory/below").mkdir(parents=True, exist_ok=True)
+    (rig.tree / "directory/below").mkdir(parents=True)
     (rig.tree / "directory/below/file").write_text("data")
     with monkeypatch.context() as patch:
         let_be_gone(patch, {b"directory"})
@@ -378,4 +395,40 @@ def test_a_directory_that_is_gone_when_it_is_described_leaves_nothing_behind(
     result = rig.sync()
     assert result.snapshot is not None
     assert (result.snapshot.stats.files, result.snapshot.stats.dirs) == (2, 3)
+    check(rig)
+
+
+def test_what_moved_and_is_gone_when_it_is_described_stays_as_it_was(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its new name, so that nothing below it is read anew; and is found there."""
+    (rig.tree / "directory/below").mkdir(parents=True)
+    file = rig.tree / "directory/below/file"
+    file.write_bytes(os.urandom(50_000))
+    (rig.tree / "alone").write_bytes(b"alone" * 10_000)
+    (rig.tree / "other").mkdir()
+    rig.sync()
+    (rig.tree / "directory").rename(rig.tree / "other/moved")
+    (rig.tree / "alone").rename(rig.tree / "other/moved-too")
+    top, other = (path.stat().st_ino for path in (rig.tree, rig.tree / "other"))
+    told = [
+        DirChange(b"", None, {b"directory", b"alone", b"other"}, inode=top),
+        DirChange(b"other", None, {b"moved", b"moved-too"}, inode=other),
+    ]
+    tell(Changelist(told, {}))
+    with monkeypatch.context() as patch:
+        let_be_gone(patch, {b"moved", b"moved-too"})
+        result = rig.sync()
+    assert len(result.unreadable) == 2
+    assert (result.moved, result.deleted) == (2, 0)
+    assert result.snapshot is not None
+    check(rig)
+    file = rig.tree / "other/moved/below/file"
+    file.write_bytes(b"changed")
+    tell(Changelist([], {file.stat().st_ino: None}))
+    result = rig.sync()
+    assert not result.unreadable
+    assert result.snapshot is not None
+    assert result.snapshot.stats.bytes_read < 100_000
+    assert (result.new, result.deleted) == (0, 0)
     check(rig)
