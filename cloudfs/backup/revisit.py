@@ -51,6 +51,7 @@ class Revisit(Walk):
         self._scanner, self._changes = scanner, changes
         self._known_names = Known(self._state, self._view, self._same_directory)
         self._taken: set[int] = set()
+        self._looked_at_whole: set[int] = set()
         self._moved: dict[int, bytes] = {}  # where directories that moved are now
         self._gone: dict[int, DirChange] = {}  # changes in what is not there, as far as was seen
         self._in_doubt: set[int] = set()  # directories that are not where they were looked for
@@ -68,8 +69,7 @@ class Revisit(Walk):
         for lin in self._state.head.again:
             _either(lin, todo, further).whole = True
         for lin, change in todo.items():
-            self._revisit(lin, change)
-            self._suspect(lin, change, further)
+            self._revisit(lin, change, further)
             self._take_turns()
         self._settle(scan_parts, quota)
         looked_at = set(changes.inodes or ())
@@ -137,7 +137,8 @@ class Revisit(Walk):
             self._early.extend(self._judge_early())
             self._turn()
 
-    def _revisit(self, lin: int, change: DirChange) -> None:
+    def _revisit(self, lin: int, change: DirChange, further: dict[int, DirChange]) -> None:
+        """Look at names in a directory, once; ``further`` gets what is to be looked at for that."""
         record = self._state.record(lin)
         if record is None or lin in self._taken:
             return
@@ -159,6 +160,9 @@ class Revisit(Walk):
         self.items_seen += len(change.names)
         if scan is not None:
             self.diff.take(scan, record)
+        if change.whole:
+            self._looked_at_whole.add(lin)
+        self._suspect(record, change, further)
 
     def _doubting(self, record: DirRecord, change: DirChange) -> DirRecord:
         """The record as it is to be compared with: whose data is to be read, whatever lstat says.
@@ -174,11 +178,10 @@ class Revisit(Walk):
         signature = b"" if doubtful else record.signature
         return msgspec.structs.replace(record, doubtful=doubtful, signature=signature)
 
-    def _suspect(self, lin: int, change: DirChange, further: dict[int, DirChange]) -> None:
+    def _suspect(self, record: DirRecord, change: DirChange, further: dict[int, DirChange]) -> None:
         """A directory among the names may be another one that got the number of the one on record:
-        then it is looked at whole."""
-        record = self._state.record(lin)
-        for name, below in record.subdirs if record is not None else ():
+        then it is looked at whole, and so on below it."""
+        for name, below in record.subdirs:
             if change.whole or name in change.names:
                 path = change.path + b"/" + name if change.path else name
                 if not self._same(below, path):
@@ -199,17 +202,18 @@ class Revisit(Walk):
             return  # likewise
         for at in above:
             place = self._known_names.path(at, self._moved)
-            if place and not self._same(at, place):
+            if place and at not in self._looked_at_whole and not self._same(at, place):
                 if at in self._taken:
                     self.errors.append((path, "could not be opened"))
                     self._unread(lin)
                     return
-                self._revisit(at, DirChange(place, None, whole=True, inode=self._inode(at)))
+                whole = DirChange(place, None, whole=True, inode=self._inode(at))
+                self._revisit(at, whole, later)
                 if at != lin:
                     later[lin] = change
                 return
         change.path, change.inode = path, self._inode(lin)
-        self._revisit(lin, change)
+        self._revisit(lin, change, later)
 
     def _inode(self, lin: int) -> int:
         """The inode number of a directory on record: in a tree that does not stand still another

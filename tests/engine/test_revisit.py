@@ -11,6 +11,7 @@ import pytest
 
 from cloudfs.backup import sync as engine
 from cloudfs.backup.files import FileReader
+from cloudfs.backup.revisit import Revisit
 from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.source.ready import Ready
 from cloudfs.source.scan import Scanner
@@ -305,6 +306,38 @@ def test_another_directory_in_the_place_of_one(rig: Rig, tell: Tell) -> None:
     assert rig.sync().unreadable == [(b"x", "is gone")]
     tell(Changelist([DirChange(b"", None, {b"x", b"y", b"aside"}, inode=top)], {}))
     assert not rig.sync().unreadable
+    check(rig)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_directories_in_each_other_that_got_the_numbers_of_old_ones(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """They are looked at whole, each: nobody tells what was in the old ones."""
+    below = rig.tree / "a/b/c"
+    below.mkdir(parents=True)
+    for path in ("a", "a/b", "a/b/c") if full else ():
+        (rig.tree / path / "file").write_text("of the old one")
+    rig.sync()
+    paths = (b"a", b"a/b", b"a/b/c")
+    inodes = {(rig.tree / os.fsdecode(path)).stat().st_ino: None for path in paths}
+    if full:
+        inodes |= {(below / "file").stat().st_ino: None}
+        for path in paths:
+            (rig.tree / os.fsdecode(path) / "file").unlink()
+    (below / "new").write_text("of the new one")
+    dirs = [DirChange(path, None, inode=ino) for path, ino in zip(paths, inodes, strict=False)]
+    dirs[2].names = {b"new"}
+    top = DirChange(b"", None, {b"a"}, inode=rig.tree.stat().st_ino)
+    tell(Changelist([top, *dirs], inodes))
+    real = Revisit._same_directory
+
+    def born_later(self: Revisit, lin: int, path: bytes) -> bool:
+        return path not in paths and real(self, lin, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Revisit, "_same_directory", born_later)
+        assert not rig.sync().unreadable
     check(rig)
 
 
