@@ -1,7 +1,7 @@
 """A crowd: processes that do anything to one tree at the same time, between two words of a test.
 
-``python -m tests.engine.crowd TOP SEED`` is one of them. It begins at ``go``, says ``still`` when
-it was told to ``stop``, and at ``drop`` also has nothing open any more.
+``python -m tests.engine.crowd TOP SEED MOOD`` is one of them. It begins at ``goon``, says ``.``
+when it was told to ``stop``, and at ``drop`` also has nothing open any more.
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ DEEDS = [
 ]  # fmt: skip
 """What hands do, but for mappings: where somebody else cuts the file, they end who maps it."""
 
+RESTLESS: list[tuple[str, dict[str, int]]] = [
+    *[("exchange", {"a": 1, "b": 1})] * 3,
+    ("move_out", {"parts": 1}),
+    ("move_in", {"parts": 1}),
+    ("write", {"parts": 2}),
+    ("replace", {"parts": 2}),
+    *[("link", {"a": 2, "b": 3}), ("link", {"a": 3, "b": 3})] * 2,
+    ("remove", {"parts": 2}),
+    ("remove", {"parts": 3}),
+]
+"""What it does who has no rest, and how deep: directories at the top change places all the time,
+and files get and lose names in those below."""
+
 ARGUMENTS: dict[str, Callable[[random.Random], object]] = {
     **dict.fromkeys(("parts", "a", "b"), lambda dice: dice.choices(NAMES, k=dice.randint(1, 3))),
     **dict.fromkeys(("append", "remove"), lambda dice: dice.random() < 0.5),
@@ -60,14 +73,18 @@ NOT_AS_EXPECTED = {
 """What one meets where others were in between. Anything else is a fault of the mount."""
 
 
-def deed(dice: random.Random) -> Operation:
-    """Anything."""
-    name = dice.choice(DEEDS)
+def deed(dice: random.Random, mood: str) -> Operation:
+    """Anything, or what one does who is restless."""
+    name, depths = dice.choice(RESTLESS) if mood == "restless" else (dice.choice(DEEDS), {})
     wanted = list(inspect.signature(getattr(Hands, name)).parameters)[1:]
-    return name, {argument: ARGUMENTS[argument](dice) for argument in wanted}
+    arguments = {argument: ARGUMENTS[argument](dice) for argument in wanted}
+    arguments |= {argument: dice.choices(NAMES, k=depth) for argument, depth in depths.items()}
+    if depths and name == "replace":
+        arguments["kind"] = "dir"
+    return name, arguments
 
 
-def live(top: str, seed: int) -> None:
+def live(top: str, seed: int, mood: str) -> None:
     """Do as one is told, until there is nobody who tells."""
     hands, dice = Hands(os.fsencode(top)), random.Random(seed)
     poll = select.poll()
@@ -77,7 +94,7 @@ def live(top: str, seed: int) -> None:
             hands.let_go()
         while word == b"goon" and not poll.poll(0):
             try:
-                hands.do(deed(dice))
+                hands.do(deed(dice, mood))
             except OSError as error:
                 if error.errno not in NOT_AS_EXPECTED:
                     raise
@@ -88,10 +105,10 @@ def live(top: str, seed: int) -> None:
 class Crowd:
     """Some processes at work on a tree."""
 
-    def __init__(self, top: Path, seeds: list[int]) -> None:
+    def __init__(self, top: Path, seeds: list[int], mood: str) -> None:
         self._members = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.engine.crowd", str(top), str(seed)],
+                [sys.executable, "-m", "tests.engine.crowd", str(top), str(seed), mood],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
@@ -131,9 +148,9 @@ class Crowd:
 
 
 @contextmanager
-def crowd(top: Path, seeds: list[int]) -> Iterator[Crowd]:
-    """A crowd that does nothing yet, and is gone in the end."""
-    made = Crowd(top, seeds)
+def crowd(top: Path, seeds: list[int], mood: str) -> Iterator[Crowd]:
+    """A crowd that does nothing yet, and is gone in the end; ``mood`` as of :func:`deed`."""
+    made = Crowd(top, seeds, mood)
     try:
         yield made
     finally:
@@ -141,4 +158,4 @@ def crowd(top: Path, seeds: list[int]) -> Iterator[Crowd]:
 
 
 if __name__ == "__main__":
-    live(sys.argv[1], int(sys.argv[2]))
+    live(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -51,6 +51,8 @@ def base(request: pytest.FixtureRequest) -> Iterator[Path]:
 class Among:
     """Syncs of a tree at which a crowd is at work but for the moment of each."""
 
+    mood = "any"
+
     def __init__(self, rig: Rig, source: str) -> None:
         """``source`` is what all syncs but the first have to go by."""
         self.rig, self.source = rig, source
@@ -62,7 +64,7 @@ class Among:
     def run(self, rounds: int) -> None:
         """So many syncs."""
         seeds = [self.dice.getrandbits(32) for _ in range(MEMBERS)]
-        with crowd(self.rig.tree, seeds) as people:
+        with crowd(self.rig.tree, seeds, self.mood) as people:
             for turn in range(rounds):
                 people.go_on()
                 time.sleep(self.dice.random() / 20)
@@ -135,11 +137,25 @@ class AmongMoving(Among):
     """The same where nothing stands still for a sync; some look at the tree while they go on."""
 
     def stop(self, people: Crowd) -> None:
-        """What changed while a sync looked is seen by the next one."""
+        """What changed while a sync looked is seen by the next one. All of what it made can be
+        read, be it of no moment."""
         if self.dice.random() < 0.5:
             self.rig.verify = float(self.dice.random() < 0.5)
-            self.no_alarm(self.rig.sync())
+            result = self.rig.sync()
+            self.no_alarm(result)
+            if result.snapshot is not None:
+                self.rig.contents(result.snapshot.number)
         people.stop()
+
+
+class AmongRestless(AmongMoving):
+    """The same where hardly anything is still where it was listed."""
+
+    mood = "restless"
+
+    def run(self, rounds: int) -> None:
+        """More where they are few: they take a quarter of the time of others."""
+        super().run(max(rounds, 4 * ROUNDS))
 
 
 @pytest.fixture
@@ -174,20 +190,24 @@ def test_live_with_little_room(
         AmongLive(rig, meanwhile).run(rounds)
 
 
+@pytest.mark.parametrize("among", [AmongMoving, AmongRestless])
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
 @pytest.mark.parametrize("base", ["tmpfs"], indirect=True)
-def test_scan(base: Path, rounds: int) -> None:
-    AmongMoving(Rig(base, max_pack_bytes=5000), "scan").run(rounds)
+def test_scan(base: Path, rounds: int, among: type[AmongMoving]) -> None:
+    among(Rig(base, max_pack_bytes=5000), "scan").run(rounds)
 
 
+@pytest.mark.parametrize("among", [AmongMoving, AmongRestless])
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
 @pytest.mark.parametrize("base", ["ext4", "xfs"], indirect=True)
-def test_watch(base: Path, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch(
+    base: Path, rounds: int, among: type[AmongMoving], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(start, "_spawn", forked.watch)
     rig = Watched(base, max_pack_bytes=5000)
     rig.start()
     try:
-        AmongMoving(rig, "watch").run(rounds)
+        among(rig, "watch").run(rounds)
     finally:
         rig.kill()
 
