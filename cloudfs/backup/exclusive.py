@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cloudfs.backup.job import SyncEvents, SyncJob
@@ -18,19 +18,22 @@ _POLL_S = 0.2
 
 
 @contextlib.contextmanager
-def local_lock(job: SyncJob, directory: Path, events: SyncEvents) -> Iterator[None]:
-    """Hold the lock of a policy on this machine; it ends with the process, however that ends."""
+def local_lock(
+    directory: Path, name: str, wait_s: float, on_wait: Callable[[str], None]
+) -> Iterator[None]:
+    """Hold the lock of the policy of this name on this machine; it ends with the process, however
+    that ends. Raises Held where somebody else has it for ``wait_s``."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        deadline = time.monotonic() + job.wait_s
+        deadline = time.monotonic() + wait_s
         said = False
         while not _try_lock(fd):
-            text = _held_text(job, fd)
+            text = _held_text(name, fd)
             if time.monotonic() >= deadline:
                 raise Held(text)
             if not said:
-                events.note(text)
+                on_wait(text)
                 said = True
             time.sleep(_POLL_S)
         os.ftruncate(fd, 0)
@@ -49,9 +52,8 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _held_text(job: SyncJob, fd: int) -> str:
+def _held_text(name: str, fd: int) -> str:
     who = os.pread(fd, 64, 0).decode(errors="replace").strip() or "another process"
-    name = job.settings.name
     return (
         f"{name} is being synced by this machine ({who})."
         f" Wait for it, or `cloudfs sync {name} --wait`."

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from cloudfs.backup.attempt import signature_of, why_not_trusted
 from cloudfs.backup.job import SyncSettings
+from cloudfs.backup.sources import btrfs_source, external_source
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.local import LocalState
 from cloudfs.db.state import read_head
@@ -59,31 +60,17 @@ def _asked(
     """What the source itself says."""
     directory = local.policy_dir(repository_id, record.id)
     at = last.number, last.time_ns
-    leaves_out = settings.filters.leaves_out
     if kind == "watch":
         from cloudfs.source.watch.session import WatchSource
 
-        return WatchSource(settings.sources, local.watch_dir(settings.name), leaves_out).state(*at)
+        place, leaves_out = local.watch_dir(settings.name), settings.filters.leaves_out
+        return WatchSource(settings.sources, place, leaves_out).state(*at)
     if kind == "btrfs":
-        from cloudfs.source.btrfs.session import BtrfsSource
-
-        note = directory / "btrfs"
-        return BtrfsSource(settings.sources, record.id, note, leaves_out).state(*at, items)
+        return btrfs_source(settings, record.id, directory).state(*at, items)
     if kind == "live":
         from cloudfs.source.live.session import LiveSource
 
         return LiveSource(settings.sources, local.live_dir(settings.name)).state(*at)
-    from cloudfs.source.external.session import ExternalSource
-
     if settings.external is None:
         return scanning(kind, "the policy has no commands")
-    external = ExternalSource(
-        settings.sources,
-        record.id,
-        directory / "external",
-        settings.external,
-        settings.filters,
-        lambda text: None,
-        lambda: None,
-    )
-    return external.state(*at)
+    return external_source(settings, record.id, directory, settings.external).state(*at)

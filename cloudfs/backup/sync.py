@@ -22,6 +22,7 @@ from cloudfs.backup.attempt import Attempt, check_stop, signature_of, why_not_tr
 from cloudfs.backup.coalesce import PageSpool
 from cloudfs.backup.exclusive import held_lease, local_lock
 from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
+from cloudfs.backup.sources import btrfs_source, external_source, leave
 from cloudfs.backup.verify import Differs, doubt
 from cloudfs.core.errors import SourceError
 from cloudfs.db.state import SyncState
@@ -35,7 +36,7 @@ def sync(job: SyncJob, events: SyncEvents) -> SyncResult:
     """Run one sync. Raises CloudfsError; then the old snapshots are whole and nothing is new."""
     directory = job.state_dir
     with contextlib.ExitStack() as stack:
-        stack.enter_context(local_lock(job, directory, events))
+        stack.enter_context(local_lock(directory, job.settings.name, job.wait_s, events.note))
         history = stack.enter_context(contextlib.closing(History(job.repository, job.record)))
         lease, took_over = stack.enter_context(held_lease(job, history, events))
         state = stack.enter_context(contextlib.closing(SyncState(directory, writer=True)))
@@ -71,15 +72,12 @@ def _ready(
     """The tree as the policy's source gives it."""
     settings = job.settings
     chosen = choose(settings.source, settings.sources)
+    if not job.dry_run:  # a policy may have been changed by hand
+        leave(settings, job.record.id, directory, events.note, used=chosen)
     if chosen == "external":
         return _external(job, directory, state, history, events)
     if chosen == "btrfs":
-        from cloudfs.source.btrfs.session import BtrfsSource
-
-        btrfs = BtrfsSource(
-            settings.sources, job.record.id, directory / "btrfs", settings.filters.leaves_out
-        )
-        head = state.head
+        btrfs, head = btrfs_source(settings, job.record.id, directory), state.head
         return btrfs.ready(head.snapshot, head.taken_ns, head.counts.items)
     if chosen == "live":
         from cloudfs.source.live.protocol import Base
@@ -110,8 +108,6 @@ def _external(
     job: SyncJob, directory: Path, state: SyncState, history: History, events: SyncEvents
 ) -> contextlib.AbstractContextManager[Ready]:
     """The tree as the policy's commands give it."""
-    from cloudfs.source.external.session import ExternalSource
-
     settings, last = job.settings, history.manifest.last_snapshot
     if settings.external is None:
         raise SourceError("the policy has no commands. Give it external_snapshot, at least.")
@@ -121,12 +117,11 @@ def _external(
         meta = view.meta(lin) if view is not None else None
         return meta.btime_ns if meta is not None else None
 
-    external = ExternalSource(
-        settings.sources,
+    external = external_source(
+        settings,
         job.record.id,
-        directory / "external",
+        directory,
         settings.external,
-        settings.filters,
         events.note,
         lambda: check_stop(job, last.number + 1 if last is not None else 1),
     )

@@ -14,6 +14,7 @@ import msgspec
 from cloudfs.cli import options
 from cloudfs.cli.app import App, Place, check_name_is_free
 from cloudfs.cli.commands import check_commands
+from cloudfs.cli.letting_go import check_not_mounted, let_go, let_go_of_removed
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.policies import bad_pattern
 from cloudfs.core.errors import CloudfsError, NoRepository, SourceError, UsageError
@@ -351,6 +352,8 @@ def set_policy(app: App, name: str, clear: tuple[str, ...], **given: Any) -> Non
             app.register(repository, app.policies.change(old, new))
     else:
         app.policies.change(old, new)
+    if new.snapshot != old.policy.snapshot:
+        let_go(app, old, new)
     app.output.say(f'Policy "{name}" changed; see {old.path}.')
 
 
@@ -370,11 +373,17 @@ def _cleared(keys: tuple[str, ...]) -> dict[str, Any]:
 @options.yes_option
 @options.pass_app
 def remove(app: App, name: str, yes: bool) -> None:
-    """Remove a policy from this machine. Its backups stay in the repository."""
+    """Remove a policy from this machine. Its backups stay in the repository.
+
+    Its watch daemon ends, and what its syncs held of the tree (snapshots of a file system that the
+    next one would have counted from) is deleted.
+    """
     path = app.policies.path(name)
     if app.policies.exists(name):
         app.policies.check_may_change(path)
+        check_not_mounted(app, name)
         confirm(f"Remove {path}? The backups of {name} stay in its repository.", yes)
+        let_go_of_removed(app, name)
     app.policies.remove(name)
     app.output.say(f'Policy "{name}" removed. Its backups stay in the repository.')
 

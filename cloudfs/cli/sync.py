@@ -35,11 +35,11 @@ STOP_NOTICE = "stopping; what was stored is kept. Ctrl-C again to stop at once."
 class SyncWishes:
     """What the command line asks of a sync."""
 
-    dry_run: bool
-    force: bool
-    wait: bool
-    workers: int | None
-    tags: tuple[str, ...]
+    dry_run: bool = False
+    force: bool = False
+    wait: bool = False
+    workers: int | None = None
+    tags: tuple[str, ...] = ()
     verify: float | None = None
 
 

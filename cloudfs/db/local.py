@@ -56,7 +56,11 @@ class LocalState:
 
     def is_new(self, policy_id: str) -> bool:
         """Whether this machine never synced a policy, to any repository."""
-        return not any((self.state_dir / "policies").glob(f"*-{policy_id[:16]}"))
+        return not self.policy_dirs(policy_id)
+
+    def policy_dirs(self, policy_id: str) -> list[Path]:
+        """Those of one policy, for each repository that this machine synced it to."""
+        return list((self.state_dir / "policies").glob(f"*-{policy_id[:16]}"))
 
     def _seen_path(self, repository_id: str, policy_id: str) -> Path:
         # By both: a policy that is sent to another repository begins anew there.

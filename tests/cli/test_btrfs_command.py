@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cloudfs.source.btrfs.subvolume import below
 from tests.cli.conftest import Machine
 from tests.engine import btrfs
 from tests.fuse.compare import assert_same
@@ -324,3 +325,67 @@ def check_prefix(base: Path) -> None:
         records.extend(int(line) for line in path.read_text().splitlines())
     assert sorted(records) == list(range(1, len(records) + 1))
     assert records
+
+
+def snapshots_anywhere(tree: Path) -> list[bytes]:
+    return [path for path in below(os.fsencode(tree)) if os.fsencode(HOLDING) in path]
+
+
+@pytest.mark.parametrize("way", ["remove", "set", "by hand"])
+def test_a_policy_without_btrfs_leaves_no_snapshot(synced: Machine, tree: Path, way: str) -> None:
+    assert snapshots_anywhere(tree)
+    file = synced.home / "config" / "vol.toml"
+    if way == "remove":
+        synced.run("policy", "remove", "vol", "--yes")
+    elif way == "set":
+        synced.run("policy", "set", "vol", "--tag", "other", "--snapshot", "btrfs")
+        assert snapshots_anywhere(tree), "it goes by them still"
+        synced.run("policy", "set", "vol", "--snapshot", "scan")
+    else:
+        text = file.read_text()
+        file.write_text(f'snapshot = "scan"\n{text}')
+        synced.run("sync", "vol", "--dry-run")
+        assert snapshots_anywhere(tree), "a dry run changes nothing"
+        synced.run("sync", "vol")
+    assert not (tree / HOLDING).exists()
+    if way != "remove":
+        synced.run("sync", "vol", "--force")
+        same(tree, restored(synced, tree))
+
+
+def test_another_source_takes_the_snapshots_of_the_one_before(
+    synced: Machine, tree: Path, volume: Path
+) -> None:
+    other = btrfs.subvolume(volume / "other")
+    (other / "file").write_text("other")
+    synced.run("policy", "set", "vol", "--source", other)
+    synced.run("sync", "vol")
+    assert snapshots_anywhere(other)
+    assert not snapshots_anywhere(tree)
+
+
+def test_a_policy_is_not_removed_while_it_is_synced(synced: Machine, tree: Path) -> None:
+    (tree / "large").write_bytes(os.urandom(30_000_000))
+    kept = holding(tree)
+    with synced.start("sync", "vol", "--workers", "1") as process:
+        deadline = time.monotonic() + 20
+        while holding(tree) == kept and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            said = synced.fails(11, "policy", "remove", "vol", "--yes")
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert "is being synced by this machine" in said
+        assert process.wait(60) == 0
+    synced.run("policy", "remove", "vol", "--yes")
+    assert not snapshots_anywhere(tree)
+
+
+def test_a_broken_policy_may_be_removed(synced: Machine, tree: Path) -> None:
+    file = synced.home / "config" / "vol.toml"
+    file.write_text("rubbish")
+    said = synced.run("policy", "remove", "vol", "--yes").err
+    assert "what its syncs may have held is left as it is" in said
+    assert not file.exists()

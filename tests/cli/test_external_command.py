@@ -195,3 +195,22 @@ def test_commands_are_given_changed_and_taken_away(
     assert "printed 0 lines" in machine.run("sync", "ext").err
     said = other_machine.run("policy", "create", "ext", "--adopt", "--repo", repo).out
     assert "It has commands, which every sync runs" in said
+
+
+@pytest.mark.parametrize("way", [("remove", "ext", "--yes"), ("set", "ext", "--snapshot", "scan")])
+def test_a_policy_that_needs_no_snapshot_any_more_releases_it(
+    synced: Machine, fs: Path, way: tuple[str, ...]
+) -> None:
+    assert len(held(fs)) == 1
+    synced.run("policy", *way)
+    assert held(fs) == []
+
+
+def test_a_snapshot_that_cannot_be_released_keeps_no_policy(
+    machine: Machine, fs: Path, tree: Path, repo: str
+) -> None:
+    failing = options(fs, release="false")
+    machine.run("policy", "create", "ext", "--source", tree, "--repo", repo, *failing)
+    machine.run("sync", "ext")
+    assert "could not be released" in machine.run("policy", "remove", "ext", "--yes").err
+    assert "there is no policy" in machine.fails(2, "sync", "ext")

@@ -245,3 +245,10 @@ def test_the_tree_is_there_without_the_repository(
     (tmp_path / "away").rename(tmp_path / "repo")
     machine.run("sync", "home")
     machine.run("umount", tree)
+
+
+def test_a_policy_is_not_removed_while_its_tree_is_mounted(live: Machine, tree: Path) -> None:
+    said = live.fails(2, "policy", "remove", "home", "--yes")
+    assert said == f"home is mounted live at {tree}; `cloudfs umount {tree}` first."
+    live.run("umount", tree)
+    live.run("policy", "remove", "home", "--yes")

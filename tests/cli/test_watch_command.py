@@ -189,3 +189,17 @@ def test_another_file_system_is_watched_by_a_daemon_anew(
     watched.run("policy", "set", "home", "--source", tree, "--source", more)
     assert process_of(watched) != first
     gone(first)
+
+
+@pytest.mark.parametrize(
+    "way", [("remove", "home", "--yes"), ("set", "home", "--snapshot", "scan")]
+)
+def test_a_policy_that_needs_no_daemon_any_more_ends_it(
+    watched: Machine, way: tuple[str, ...]
+) -> None:
+    daemon = process_of(watched)
+    watched.run("policy", *way)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{daemon}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

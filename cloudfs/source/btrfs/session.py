@@ -79,6 +79,10 @@ class BtrfsSource:
         self._note = note
         self._excludes = excludes
         self._names = root_names(sources) if len(sources) > 1 else [b""]
+        # Sources that were others may have some too.
+        places = [os.path.dirname(held.place) for held in self._read_note().held]
+        places += [os.path.join(source, HOLDING) for source in sources]
+        self._holdings = sorted({place for place in places if os.path.basename(place) == HOLDING})
 
     @contextlib.contextmanager
     def ready(self, snapshot: int, taken_ns: int, items: int) -> Iterator[Ready]:
@@ -154,16 +158,27 @@ class BtrfsSource:
         parts = path.split(b"/")
         return not any(self._excludes(b"/".join(parts[: i + 1])) for i in range(len(parts)))
 
-    def _clean(self, keep: set[bytes]) -> None:
-        """Delete the snapshots of this policy that are not to be kept."""
-        for source in self._sources:
-            holding = os.path.join(source, HOLDING)
+    def _clean(self, keep: set[bytes], tell: Callable[[str], None] = lambda text: None) -> None:
+        """Delete the snapshots of this policy that are not to be kept; ``tell`` is told what cannot
+        be deleted. The next sync tries again."""
+        for holding in self._holdings:
             with contextlib.suppress(OSError):
                 for name in os.listdir(holding):
                     place = os.path.join(holding, name)
                     if name.startswith(self._prefix + b"-") and place not in keep:
-                        with contextlib.suppress(SourceError):  # the next sync tries again
+                        try:
                             subvolume.delete(place)
+                        except SourceError as error:
+                            tell(str(error))
+
+    def leave(self, tell: Callable[[str], None]) -> None:
+        """Delete all snapshots of this policy: no sync will count from them. ``tell`` is told what
+        cannot be deleted."""
+        self._clean(set(), tell)
+        for holding in self._holdings:
+            with contextlib.suppress(OSError):  # there are none, or another policy's
+                os.rmdir(holding)
+        self._note.unlink(missing_ok=True)
 
     def _keep_only_of(self, record: SnapshotRecord, base: _Bases) -> None:
         """Delete the base where it is of another snapshot than the state now is at: it will never

@@ -135,6 +135,11 @@ class ExternalSource:
             self._check_stop = _go_on  # whether or not there is a snapshot: this is to be done
             self._release_others()
 
+    def leave(self) -> None:
+        """Release all snapshots: no sync will count from them."""
+        self._note.others, self._note.base = [*self._note.others, *self._note.base], []
+        self._clean_up()
+
     # -- snapshots -------------------------------------------------------------------------------
 
     def _take(self, taken: list[_Held], now_ns: int) -> None:
