@@ -24,8 +24,15 @@ from cloudfs.backup.packs import Base, Packer
 from cloudfs.core.changelist import Range
 from cloudfs.core.changes import Absent, DirTask, Stat, decode_listing, expand
 from cloudfs.core.rows import Entry
-from cloudfs.source.inode import StatReader, Status, is_mount, read_xattrs, reflink
-from cloudfs.source.live.beneath import TouchedSince
+from cloudfs.source.inode import (
+    StatReader,
+    Status,
+    check_inode,
+    is_mount,
+    read_xattrs,
+    reflink,
+)
+from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.roots import Roots
 from cloudfs.source.scan import reason
 
@@ -73,14 +80,6 @@ class Opened:
         return self._beneath
 
 
-def _check_listed(inodes: tuple[int, int]) -> None:
-    """Raise FileNotFoundError where an item is not the one that was listed (0: it was made up): in
-    a tree that does not stand still its name, or that of a directory above it, may be another's."""
-    listed, found = inodes
-    if listed not in (0, found):
-        raise FileNotFoundError(errno.ENOENT, "is gone")
-
-
 class FileReader:
     """Turns items into rows and blocks in a packer. For one thread."""
 
@@ -100,7 +99,7 @@ class FileReader:
         self._data = data
         self._reader = self._stat = reader
         self._plain = StatReader()
-        self._check: Callable[[tuple[int, int]], None] = _check_listed
+        self._beneath: Beneath | None = None  # what is read now, where it is not the tree itself
         self._flags = _READ | (os.O_NOATIME if os.geteuid() == 0 else 0)
         self.outcome = Outcome()
 
@@ -153,14 +152,14 @@ class FileReader:
         beneath = place.roots.beneath
         if beneath is None:
             return False
-        self._check, self._stat = beneath.check_same, self._plain
+        self._beneath, self._stat = beneath, self._plain
         try:
             self._item(place.beneath(), beneath.open, task, index, stat, lin)
             return True
         except (OSError, TouchedSince):
             return False
         finally:
-            self._check, self._stat = _check_listed, self._reader
+            self._beneath, self._stat = None, self._reader
 
     def _item(
         self,
@@ -181,7 +180,7 @@ class FileReader:
                 status = self._stat.of(fd)
                 flags = self._stat.flags(fd, status)
                 xattrs = read_xattrs(fd)
-                self._check_directory(fd, stat, status)
+                self._check(fd, stat, status)
                 self._describer.describe(lin, task.lin, status, xattrs, flags)
             finally:
                 os.close(fd)
@@ -194,14 +193,16 @@ class FileReader:
             if st.S_ISLNK(status.mode):
                 target = os.readlink(stat.name, dir_fd=directory)
             xattrs = read_xattrs(path)
-            self._check((stat.ino, status.ino))
+            self._check(directory, stat, status)
             self._describer.describe(lin, task.lin, status, xattrs, 0, target=target)
 
-    def _check_directory(self, fd: int, stat: Stat, status: Status) -> None:
-        """See :func:`check_inode`."""
-        if stat.ino != status.ino and self._stat is self._reader and is_mount(fd):
-            return
-        self._check((stat.ino, status.ino))
+    def _check(self, fd: int, stat: Stat, status: Status) -> None:
+        """Raise what says that an item is not the one that was listed. ``fd`` is of the item or of
+        its directory."""
+        if self._beneath is not None:
+            self._beneath.check_same(stat.ino, status.ino)
+        elif stat.ino != status.ino and not (stat.is_dir and is_mount(fd)):
+            check_inode(fd, stat.ino, status.ino, self._reader)
 
     def _file(
         self,
@@ -226,7 +227,7 @@ class FileReader:
                     break
                 data = FileData(fd, status, lin, base_lin, ranges, self._stat.extents)
                 bases = self._data.read(data, task.part)
-                self._check((stat.ino, status.ino))
+                self._check(fd, stat, status)
                 if not data.torn and _unchanged(status, os.fstat(fd)):
                     break
                 if attempt == TRIES:
@@ -270,7 +271,7 @@ class FileReader:
                 return False
             flags = self._stat.flags(fd, status)
             xattrs = read_xattrs(fd)
-            self._check((stat.ino, status.ino))
+            self._check(fd, stat, status)
         except OSError:
             return False  # the long way says what is wrong
         finally:

@@ -11,22 +11,20 @@ from __future__ import annotations
 import enum
 import errno
 import os
-import re
 import subprocess
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from cloudfs.core.errors import CloudfsError, UsageError
+from cloudfs.source.mounts import Mount
+from cloudfs.source.mounts import mounts as all_mounts
 
 SUBTYPE = "cloudfs"
 LIVE_SUBTYPE = "cloudfs-live"
 _TRIES, _PAUSE_S = 4, 0.1
 ANSWER_S = 5.0
-MOUNTINFO = Path("/proc/self/mountinfo")
-_KINDS = (f"fuse.{SUBTYPE}".encode(), f"fuse.{LIVE_SUBTYPE}".encode())
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
+_KINDS = (f"fuse.{SUBTYPE}", f"fuse.{LIVE_SUBTYPE}")
 
 
 class Health(enum.Enum):
@@ -59,36 +57,20 @@ class Mounted:
 
 def mounts() -> list[Mounted]:
     """The cloudfs mounts that this process sees, oldest first."""
-    found = []
-    for line in MOUNTINFO.read_bytes().splitlines():
-        fields, _, rest = line.partition(b" - ")
-        kind, source = rest.split(b" ")[:2]
-        if kind in _KINDS:
-            path = os.fsdecode(_unescape(fields.split(b" ")[4]))
-            device = fields.split(b" ")[2].decode()
-            live = kind == _KINDS[1]
-            found.append(Mounted(path, os.fsdecode(_unescape(source)), device, live))
-    return found
-
-
-def mountpoints() -> list[str]:
-    """Where they are, without asking any of them."""
-    lines = [line.partition(b" - ") for line in MOUNTINFO.read_bytes().splitlines()]
     return [
-        os.fsdecode(_unescape(fields.split(b" ")[4]))
-        for fields, _, rest in lines
-        if rest.split(b" ")[0] in _KINDS
+        Mounted(
+            os.fsdecode(mount.place),
+            os.fsdecode(mount.of),
+            _device(mount),
+            mount.kind == f"fuse.{LIVE_SUBTYPE}",
+        )
+        for mount in all_mounts()
+        if mount.kind in _KINDS
     ]
 
 
-def all_mountpoints() -> list[str]:
-    """Where anything at all is mounted, oldest first."""
-    lines = MOUNTINFO.read_bytes().splitlines()
-    return [os.fsdecode(_unescape(line.split(b" ")[4])) for line in lines]
-
-
-def _unescape(field: bytes) -> bytes:
-    return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field)
+def _device(mount: Mount) -> str:
+    return f"{os.major(mount.device)}:{os.minor(mount.device)}"
 
 
 def _ask(path: str) -> Health:
@@ -100,11 +82,10 @@ def _ask(path: str) -> Health:
 
 
 def device_of(mountpoint: str) -> str | None:
-    """ "major:minor" of the cloudfs mount at an absolute path, without touching it."""
-    for line in reversed(MOUNTINFO.read_bytes().splitlines()):
-        fields = line.split(b" ")
-        if os.fsdecode(_unescape(fields[4])) == mountpoint:
-            return fields[2].decode()
+    """ "major:minor" of the mount at an absolute path, without touching it."""
+    for mount in reversed(all_mounts()):
+        if os.fsdecode(mount.place) == mountpoint:
+            return _device(mount)
     return None
 
 

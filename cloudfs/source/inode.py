@@ -13,6 +13,8 @@ import os
 import struct
 from typing import NamedTuple
 
+from cloudfs.source.numbers import keeps_numbers
+
 _STATX = struct.Struct("<IIQIIIH2xQQQQ" + "qI4x" * 4 + "IIII")
 _STATX_BASIC_AND_BTIME = 0xFFF
 _AT_EMPTY_PATH = 0x1000
@@ -67,6 +69,11 @@ class StatReader:
 
     inode_mask = -1
     """What of an inode number is the item's own."""
+
+    def vouches(self, fd: int, number: int) -> bool:
+        """Whether nothing else than what has this number can be the item, found in or at ``fd``,
+        that had it a moment ago."""
+        return keeps_numbers(fd)
 
     def __init__(self) -> None:
         self._buffer = ctypes.create_string_buffer(256)
@@ -127,13 +134,22 @@ def open_directory(root_fd: int, path: bytes) -> int:
             os.close(fd)
 
 
-def check_inode(fd: int, inode: int, mask: int = -1) -> int:
+def check_directory(fd: int, inode: int, reader: StatReader) -> int:
     """The device of an open directory; raises FileNotFoundError where it is not the one with this
     inode number (0: any is right)."""
     status = os.fstat(fd)
-    if inode not in (0, status.st_ino & mask) and not is_mount(fd):
-        raise FileNotFoundError(errno.ENOENT, "is gone")
+    found = status.st_ino & reader.inode_mask
+    if found != inode and not is_mount(fd):
+        check_inode(fd, inode, found, reader)
     return status.st_dev
+
+
+def check_inode(fd: int, listed: int, found: int, reader: StatReader) -> None:
+    """Raise FileNotFoundError where an item is not the one that was listed: in a tree that does not
+    stand still its name, or that of a directory above it, may be another's. ``fd`` is of the item
+    or of its directory; a number of 0 was made up."""
+    if listed not in (0, found) and reader.vouches(fd, listed):
+        raise FileNotFoundError(errno.ENOENT, "is gone")
 
 
 def is_mount(fd: int) -> bool:

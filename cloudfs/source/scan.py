@@ -27,7 +27,7 @@ import xxhash
 
 from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
-from cloudfs.source.inode import check_inode, open_directory
+from cloudfs.source.inode import StatReader, check_directory, open_directory
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
 from cloudfs.source.roots import HOLDING, Roots
@@ -97,11 +97,13 @@ class Scanner:
     # Single entries that cannot be looked at: path, reason. Whoever visits takes them from here.
     unlisted: list[tuple[bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
+    _reader: StatReader = field(init=False)
     _mask: int = field(init=False, default=-1)
     _mount_dev: int = field(init=False, default=0)  # the device of a live mount
 
     def __post_init__(self) -> None:
-        self._mask = self.roots.reader().inode_mask
+        self._reader = self.roots.reader()
+        self._mask = self._reader.inode_mask
         if self.roots.beneath is not None:
             self._mount_dev = os.fstat(self.roots.fd_of(b"")[0]).st_dev
         if self.filters.excludes:
@@ -147,12 +149,12 @@ class Scanner:
         if beneath is not None:
             before = len(self.unlisted)
             with contextlib.suppress(OSError, TouchedSince):
-                found = self._visit(lin, path, record, inode, (beneath.fd, below), -1)
+                found = self._visit(lin, path, record, inode, (beneath.fd, below), StatReader())
                 if found is not None:
                     found.dev = self._mount_dev  # by which files of several names are known
                 return found
             del self.unlisted[before:]
-        return self._visit(lin, path, record, inode, (root_fd, below), self._mask)
+        return self._visit(lin, path, record, inode, (root_fd, below), self._reader)
 
     def _visit(
         self,
@@ -161,12 +163,12 @@ class Scanner:
         record: DirRecord | None,
         inode: int,
         place: tuple[int, bytes],
-        mask: int,
+        reader: StatReader,
     ) -> DirScan | None:
-        root_fd, below = place
+        (root_fd, below), mask = place, reader.inode_mask
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, inode, mask)
+            dev = check_directory(fd, inode, reader)
             # Inside another file system only its mount point itself belongs to the backup.
             foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
@@ -244,7 +246,7 @@ class Scanner:
         nested = self.roots.nested_in(change.path)
         fd = open_directory(root_fd, below)
         try:
-            dev = check_inode(fd, change.inode, self._mask)
+            dev = check_directory(fd, change.inode, self._reader)
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []

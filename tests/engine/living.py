@@ -83,9 +83,14 @@ class Living(Rig):
         self.kill()
         self.mount()
 
+    @property
+    def is_mounted(self) -> bool:
+        """Whether there is a mount, dead or alive."""
+        return str(self.tree) in [mounted.mountpoint for mounted in places.mounts()]
+
     def unmount(self) -> None:
         """End the mount, dead or alive."""
-        if str(self.tree) in places.mountpoints():
+        if self.is_mounted:
             self._take_away(lazy=self.daemon is None)
         if self.daemon is not None:
             try:
@@ -132,7 +137,7 @@ class Living(Rig):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.unmount()
         self.kill()
-        mounted = [self.tree] if str(self.tree) in places.mountpoints() else []
+        mounted = [self.tree] if self.is_mounted else []
         for path in (*mounted, self.beneath):
             subprocess.run(["umount", "-l", path], capture_output=True, check=False)
         self.repository.local.close()

@@ -14,7 +14,7 @@ import resource
 import struct
 from collections.abc import Callable, Iterator
 
-from cloudfs.fuse import mountpoint as places
+from cloudfs.source.mounts import mounts
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _renameat2 = _libc.renameat2
@@ -111,7 +111,7 @@ def leave_mount(path: str, is_useless: Callable[[str], bool] | None = None) -> N
     ):
         raise _error()
     if is_useless is not None:
-        for other in reversed(places.all_mountpoints()):
+        for other in (os.fsdecode(mount.place) for mount in reversed(mounts())):
             if is_useless(other):
                 detach(other)  # one that is gone need not be left
 

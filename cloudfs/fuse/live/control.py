@@ -59,13 +59,15 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a freeze is given: see :class:`Freeze`."""
+    """What a freeze is given: see :class:`Freeze`. ``unfollowed`` says why what lies within the
+    tree cannot be gone by its marks; "" where it can."""
 
     room_bytes: int
     waits: bool
     block_size: int
     store_fd: Callable[[], int]
     crosses: Callable[[Inode], bool]
+    unfollowed: Callable[[], str]
 
 
 class Control:
@@ -118,7 +120,7 @@ class Control:
             raise SourceError("another sync holds the tree frozen.")
         epoch = self._tracker.close_epoch()
         wanted = None
-        if marked and not self._tracker.why_lost(epoch):
+        if marked and not self._why_lost(epoch):
             wanted = self._tracker.marks_through(epoch)
         self._freezes += 1
         terms = self._terms
@@ -150,7 +152,7 @@ class Control:
             os.getpid(),
             self._mountpoint,
             self._source,
-            tracker.why_lost(epoch),
+            self._why_lost(epoch),
             tracker.base,
             tracker.pending,
             now - tracker.last_change_s,
@@ -162,6 +164,10 @@ class Control:
             error,
             freeze.given_up if freeze is not None else "",
         )
+
+    def _why_lost(self, epoch: int) -> str:
+        """Why marks are not all that changed, or cannot be gone by; "" if they can."""
+        return self._tracker.why_lost(epoch) or self._terms.unfollowed()
 
     @property
     def epoch(self) -> int:

@@ -41,6 +41,8 @@ from cloudfs.fuse.live.tree import LiveTree
 from cloudfs.fuse.mounting import end_on_signal, init, raise_read_ahead
 from cloudfs.source.inode import StatReader
 from cloudfs.source.live.protocol import LOCK, MARKS, SOCKET
+from cloudfs.source.mounts import mounts, within
+from cloudfs.source.numbers import keeps_numbers, kind_keeps_numbers
 
 _SYSTEM = ("/proc", "/sys", "/run", "/etc", "/usr", "/lib")
 """Below these lies what programs and libraries look for, on whatever mounts."""
@@ -60,7 +62,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     if covered:
         calls.leave_mount(job.mountpoint)  # to open what lies beneath it
     source_fd = _open_source(job.source)
-    source_lock = _lock_source(job)
+    source_lock = _claim_source(job, source_fd)
     if covered:
         host.enter()
     marks = MarkedSet(directory / MARKS)
@@ -130,7 +132,16 @@ def _terms(job: LiveJob, inodes: Inodes, directory_fd: int) -> Terms:
     def crosses(inode: Inode) -> bool:
         return job.one_file_system and inode.dev != inodes.dev
 
-    return Terms(job.room_bytes, job.waits, job.block_size, store_fd, crosses)
+    def unfollowed() -> str:
+        if job.one_file_system:
+            return ""
+        for mount in within(os.fsencode(job.source), mounts()):
+            if not kind_keeps_numbers(mount.kind):
+                place = os.fsdecode(mount.place)
+                return f"{place} is on {mount.kind}, where inodes get other numbers at any time"
+        return ""
+
+    return Terms(job.room_bytes, job.waits, job.block_size, store_fd, crosses, unfollowed)
 
 
 async def _run(
@@ -166,6 +177,19 @@ def _lock(directory: Path, job: LiveJob) -> int:
             f"{job.name} is mounted live already; `cloudfs status` says where."
         ) from None
     return fd
+
+
+def _claim_source(job: LiveJob, source_fd: int) -> int:
+    """The lock of a tree that can be mounted live. Raises UsageError."""
+    lock = _lock_source(job)
+    if keeps_numbers(source_fd):
+        return lock
+    os.close(lock)
+    raise UsageError(
+        f"the source {job.source} lies on a file system where inodes get other numbers at any time,"
+        " so what changes there cannot be followed. Use another change source:"
+        f" `cloudfs policy set {job.name} --snapshot scan`."
+    )
 
 
 def _lock_source(job: LiveJob) -> int:

@@ -69,12 +69,12 @@ class Beneath:
             has(os.stat(b"../" * up, dir_fd=fd).st_ino) for up in range(1, depth + 1)
         )
 
-    def check_same(self, inodes: tuple[int, int]) -> None:
+    def check_same(self, listed: int, found: int) -> None:
         """The same of an item, by the numbers it was listed with and read with. (They also differ
         where the mount has one of its own for it, by which it is known.)"""
-        if inodes[0] != inodes[1]:
+        if listed != found:
             raise TouchedSince
-        self.check(inodes)
+        self.check([listed])
 
     def close(self) -> None:
         """Close it."""

@@ -11,7 +11,7 @@ import os
 import msgspec
 
 from cloudfs.source.inode import StatReader, Status
-from cloudfs.source.live.protocol import EXTENTS_ATTRIBUTE, STATUS_ATTRIBUTE, MoreStatus
+from cloudfs.source.live.protocol import EXTENTS_ATTRIBUTE, OTHERS, STATUS_ATTRIBUTE, MoreStatus
 
 _more = msgspec.msgpack.Decoder(MoreStatus)
 _extents = msgspec.msgpack.Decoder(list[tuple[int, int]])
@@ -21,6 +21,11 @@ class FrozenReader(StatReader):
     """Reads items as :class:`StatReader` would read those beneath."""
 
     inode_mask = (1 << 48) - 1
+
+    def vouches(self, fd: int, number: int) -> bool:
+        """See :meth:`StatReader.vouches`. What the mount has a number of its own for may lie on a
+        file system that does not keep its numbers."""
+        return number < OTHERS
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,29 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from cloudfs.core.errors import SourceError
 from cloudfs.source.inode import StatReader
+from cloudfs.source.mounts import Mount, mounts, within
 from cloudfs.source.roots import root_names
 
 LeavesOut = Callable[[bytes], bool]
 """Whether a directory of another file system, by its path below its source, is left out."""
-
-_MOUNTS = Path("/proc/self/mountinfo")
-
-
-class Mount(NamedTuple):
-    """A line of mountinfo (proc(5))."""
-
-    number: int
-    device: int  # as st_dev
-    top: bytes  # what of the file system is mounted
-    place: bytes
-    kind: str
 
 
 class Place(NamedTuple):
@@ -53,7 +41,7 @@ class Places(NamedTuple):
 
 def places_of(sources: list[bytes], leaves_out: LeavesOut) -> Places:
     """Where a tree lies now. Raises SourceError."""
-    mounts = _mounts()
+    all_mounts = mounts()
     names = root_names(sources) if len(sources) > 1 else [b""]
     found: list[Place] = []
     digest = xxhash.xxh3_128()
@@ -66,11 +54,13 @@ def places_of(sources: list[bytes], leaves_out: LeavesOut) -> Places:
             top = os.readlink(b"/proc/self/fd/%d" % fd)
             status = StatReader().of(fd)
             digest.update(b"%d %d %d\0" % (status.dev, status.ino, status.btime_ns) + top)
-            own = _mount_of(fd, mounts)
+            own = _mount_of(fd, all_mounts)
             found.append(Place(top, name, own.device, _fsid(fd), own.kind, True))
         finally:
             os.close(fd)
-        for mount in _within(top, mounts):
+        for mount in within(top, all_mounts):
+            if not os.path.isdir(mount.place):
+                continue
             below = mount.place[len(top.rstrip(b"/")) + 1 :]
             if leaves_out(below):
                 continue
@@ -91,32 +81,7 @@ def _fsid(fd: int) -> bytes:
     return os.fstatvfs(fd).f_fsid.to_bytes(8, "little")
 
 
-def _mount_of(fd: int, mounts: list[Mount]) -> Mount:
+def _mount_of(fd: int, all_mounts: list[Mount]) -> Mount:
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
         number = next(int(line.split()[1]) for line in file if line.startswith("mnt_id:"))
-    return next(mount for mount in mounts if mount.number == number)
-
-
-def _within(top: bytes, mounts: list[Mount]) -> list[Mount]:
-    """What is mounted below a directory; of several in one place the last, which hides the rest."""
-    prefix = top.rstrip(b"/") + b"/"
-    last = {mount.place: mount for mount in mounts if mount.place.startswith(prefix)}
-    return [mount for mount in last.values() if os.path.isdir(mount.place)]
-
-
-def _mounts() -> list[Mount]:
-    found = []
-    for line in _MOUNTS.read_bytes().splitlines():
-        fields = line.split(b" ")
-        major, _, minor = fields[2].partition(b":")
-        kind = fields[fields.index(b"-") + 1].decode()
-        device = os.makedev(int(major), int(minor))
-        top, place = _plain(fields[3]), _plain(fields[4])
-        found.append(Mount(int(fields[0]), device, top, place, kind))
-    return found
-
-
-def _plain(escaped: bytes) -> bytes:
-    """Without the octal escapes of blanks, line breaks and backslashes."""
-    first, *rest = escaped.split(b"\\")
-    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
+    return next(mount for mount in all_mounts if mount.number == number)

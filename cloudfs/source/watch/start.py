@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from cloudfs.core.errors import SourceError
+from cloudfs.source.numbers import kind_keeps_numbers
 from cloudfs.source.watch import client
 from cloudfs.source.watch.daemon import Daemon, WatchJob
 from cloudfs.source.watch.places import LeavesOut, Places, places_of
@@ -33,6 +34,12 @@ def _check(places: Places) -> None:
             raise SourceError(
                 f"{os.fsdecode(place.path)} is on btrfs, which tells by itself what changed. Make a"
                 " subvolume the source and use `cloudfs policy set NAME --snapshot btrfs`."
+            )
+        if not kind_keeps_numbers(place.kind):
+            raise SourceError(
+                f"{os.fsdecode(place.path)} is on {place.kind}, where inodes get other numbers at"
+                " any time, so what changes there cannot be followed. Use another change source:"
+                " `cloudfs policy set NAME --snapshot scan`."
             )
 
 

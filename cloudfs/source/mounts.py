@@ -1,0 +1,49 @@
+"""What is mounted where, as the kernel lists it (proc_pid_mountinfo(5)). No mount is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_LIST = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One mount."""
+
+    number: int
+    device: int  # as st_dev
+    top: bytes  # what of the file system is mounted
+    place: bytes
+    kind: str
+    of: bytes  # the device or whatever else was mounted
+
+
+def mounts() -> list[Mount]:
+    """All that this process sees, oldest first."""
+    found = []
+    for line in _LIST.read_bytes().splitlines():
+        fields, _, rest = line.partition(b" - ")
+        number, _, device, top, place = fields.split(b" ")[:5]
+        kind, of = rest.split(b" ")[:2]
+        major, _, minor = device.partition(b":")
+        made = os.makedev(int(major), int(minor))
+        found.append(
+            Mount(int(number), made, _plain(top), _plain(place), kind.decode(), _plain(of))
+        )
+    return found
+
+
+def within(top: bytes, all_mounts: list[Mount]) -> list[Mount]:
+    """What is mounted below a directory; of several in one place the last, which hides the rest."""
+    prefix = top.rstrip(b"/") + b"/"
+    last = {mount.place: mount for mount in all_mounts if mount.place.startswith(prefix)}
+    return list(last.values())
+
+
+def _plain(escaped: bytes) -> bytes:
+    """Without the octal escapes of blanks, line breaks and backslashes."""
+    return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), escaped)
