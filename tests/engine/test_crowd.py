@@ -51,11 +51,10 @@ def base(request: pytest.FixtureRequest) -> Iterator[Path]:
 class Among:
     """Syncs of a tree at which a crowd is at work but for the moment of each."""
 
-    mood = "any"
-
-    def __init__(self, rig: Rig, source: str) -> None:
-        """``source`` is what all syncs but the first have to go by."""
-        self.rig, self.source = rig, source
+    def __init__(self, rig: Rig, source: str, mood: str = "any") -> None:
+        """``source`` is what all syncs but the first have to go by; ``mood`` as of
+        :func:`tests.engine.crowd.deed`."""
+        self.rig, self.source, self.mood = rig, source, mood
         seed = random.SystemRandom().getrandbits(32)
         print(f"seed {seed}: of what each does, but not of when")
         self.dice = random.Random(seed)
@@ -108,8 +107,8 @@ class AmongLive(Among):
 
     rig: Living
 
-    def __init__(self, rig: Living, meanwhile: Meanwhile) -> None:
-        super().__init__(rig, "live")
+    def __init__(self, rig: Living, meanwhile: Meanwhile, mood: str = "any") -> None:
+        super().__init__(rig, "live", mood)
         self.meanwhile = meanwhile
         meanwhile.when_reading = lambda: time.sleep(0.05)
 
@@ -136,6 +135,10 @@ class AmongLive(Among):
 class AmongMoving(Among):
     """The same where nothing stands still for a sync; some look at the tree while they go on."""
 
+    def run(self, rounds: int) -> None:
+        """More of a few where they are restless, which takes a quarter of the time."""
+        super().run(max(rounds, 4 * ROUNDS) if self.mood == "restless" else rounds)
+
     def stop(self, people: Crowd) -> None:
         """What changed while a sync looked is seen by the next one. All of what it made can be
         read, be it of no moment."""
@@ -148,16 +151,6 @@ class AmongMoving(Among):
         people.stop()
 
 
-class AmongRestless(AmongMoving):
-    """The same where hardly anything is still where it was listed."""
-
-    mood = "restless"
-
-    def run(self, rounds: int) -> None:
-        """More where they are few: they take a quarter of the time of others."""
-        super().run(max(rounds, 4 * ROUNDS))
-
-
 @pytest.fixture
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
     found = Meanwhile()
@@ -166,14 +159,23 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
 
 
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
-@pytest.mark.parametrize("few", [False, True], ids=["many descriptors", "few descriptors"])
+@pytest.mark.parametrize(
+    ("few", "mood"),
+    [(False, "any"), (True, "any"), (True, "restless")],
+    ids=["many descriptors", "few descriptors", "few descriptors, restless"],
+)
 @pytest.mark.parametrize("base", ["tmpfs", "ext4", "xfs", "btrfs"], indirect=True)
 def test_live(
-    base: Path, few: bool, rounds: int, meanwhile: Meanwhile, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    few: bool,
+    mood: str,
+    rounds: int,
+    meanwhile: Meanwhile,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(daemon, "_spawn", forked.live_with_few if few else forked.live)
     with living(base, max_pack_bytes=5000) as rig:
-        AmongLive(rig, meanwhile).run(rounds)
+        AmongLive(rig, meanwhile, mood).run(rounds)
 
 
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
@@ -190,34 +192,33 @@ def test_live_with_little_room(
         AmongLive(rig, meanwhile).run(rounds)
 
 
-@pytest.mark.parametrize("among", [AmongMoving, AmongRestless])
+@pytest.mark.parametrize("mood", ["any", "restless"])
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
 @pytest.mark.parametrize("base", ["tmpfs"], indirect=True)
-def test_scan(base: Path, rounds: int, among: type[AmongMoving]) -> None:
-    among(Rig(base, max_pack_bytes=5000), "scan").run(rounds)
+def test_scan(base: Path, rounds: int, mood: str) -> None:
+    AmongMoving(Rig(base, max_pack_bytes=5000), "scan", mood).run(rounds)
 
 
-@pytest.mark.parametrize("among", [AmongMoving, AmongRestless])
+@pytest.mark.parametrize("mood", ["any", "restless"])
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
 @pytest.mark.parametrize("base", ["ext4", "xfs"], indirect=True)
-def test_watch(
-    base: Path, rounds: int, among: type[AmongMoving], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_watch(base: Path, rounds: int, mood: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "_spawn", forked.watch)
     rig = Watched(base, max_pack_bytes=5000)
     rig.start()
     try:
-        among(rig, "watch").run(rounds)
+        AmongMoving(rig, "watch", mood).run(rounds)
     finally:
         rig.kill()
 
 
+@pytest.mark.parametrize("mood", ["any", "restless"])
 @pytest.mark.parametrize("rounds", [QUICK, LONG])
 @pytest.mark.parametrize("base", ["btrfs"], indirect=True)
-def test_btrfs(base: Path, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_btrfs(base: Path, rounds: int, mood: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "MUCH", 1_000_000)  # never rather scan
     rig = Rig(base, [btrfs.subvolume(base / "tree")], max_pack_bytes=5000, source="btrfs")
     try:
-        Among(rig, "btrfs").run(rounds)
+        Among(rig, "btrfs", mood).run(rounds)
     finally:
         remove(base)
