@@ -176,7 +176,8 @@ class Control:
 
     def confirm(self, epoch: int, base: Base) -> None:
         """All up to an epoch is in a snapshot."""
-        self._tracker.confirm(epoch, base)
+        for inode in self._tracker.confirm(epoch, base):
+            self._tree.inodes.unuse(inode)
         self._mount.expect_news()
 
     async def changes(self, frozen: FrozenTree, epoch: int) -> AsyncIterator[Change]:
@@ -231,9 +232,9 @@ class _Teller:
     def _ranges(self, directory: Inode, name: bytes) -> list[Range]:
         """What of the data behind a name can be others."""
         child = self._frozen.look_up(directory, name)
-        if child is None or not child.is_file:
+        if child is None:
             return []
-        blocks = self._marks.blocks.get(child.number)
+        blocks = self._marks.blocks.get(child.number) if child.is_file else None
         self._frozen.release(child)
         return self._told(blocks) if blocks is not None else []
 

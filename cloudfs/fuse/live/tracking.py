@@ -35,6 +35,10 @@ AHEAD = 8
 """Blocks that are marked with the one that is written to, in a file that is being overwritten from
 one end to the other."""
 
+MOST_HELD = 1000
+"""Directories on other file systems that are held from when they are marked to when they are in a
+snapshot."""
+
 FIRST_TIME = "no snapshot was taken since it was mounted live"
 INCOMPLETE = "changes could not be noted before the mount's process ended"
 
@@ -73,6 +77,7 @@ class Tracker:
         self._blocks: dict[int, Blocks] = {}
         self._where: dict[int, bytes] = {}
         self._before: dict[int, Marks] = {}  # by epoch
+        self._held: list[tuple[int, Inode]] = []  # the epoch in which each was marked
         self._identity = ("", "", "")
         self._complete = False  # what is on disk: see rule 4
         self.last_change_s = 0.0
@@ -220,8 +225,12 @@ class Tracker:
 
     def _whereabouts(self, directory: Inode) -> list[Row]:
         """How a directory is found again when it is no longer known. Where it has no handle on the
-        tree's own file system the next sync scans if it is not."""
+        tree's own file system it is held, so that it is; of those that cannot be, the next sync
+        scans if one is not known."""
         if directory.nested:
+            if len(self._held) < MOST_HELD:
+                directory.uses += 1
+                self._held.append((self.epoch, directory))
             return []
         if not directory.handle:
             with contextlib.suppress(OSError):
@@ -243,14 +252,17 @@ class Tracker:
         """Why the marks up to an epoch are not complete; "" if they are."""
         return next((words for at, words in self.lost.items() if at <= epoch), "")
 
-    def confirm(self, epoch: int, base: Base) -> None:
-        """All up to an epoch is in a snapshot."""
+    def confirm(self, epoch: int, base: Base) -> list[Inode]:
+        """All up to an epoch is in a snapshot. Returns what need not be used any more for that."""
+        done = [inode for at, inode in self._held if at <= epoch]
+        self._held = [(at, inode) for at, inode in self._held if at > epoch]
         self.base, self.first = base, epoch + 1
         self._before = {at: marks for at, marks in self._before.items() if at > epoch}
         self.lost = {at: words for at, words in self.lost.items() if at > epoch}
         with self._or_lost():
             self._kept.drop_through(epoch)
         self.save()
+        return done
 
     @property
     def pending(self) -> int:
