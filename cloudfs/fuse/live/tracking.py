@@ -185,8 +185,10 @@ class Tracker:
         return inode.blocks
 
     def _add(self, rows: Iterable[Row]) -> None:
-        with self._or_lost():
+        try:  # and not _or_lost, which would be a quarter of what a mark costs
             self._kept.add(self.epoch, rows)
+        except (lmdb.Error, OSError) as error:
+            self._lose(error)
 
     @contextlib.contextmanager
     def _or_lost(self) -> Iterator[None]:
@@ -194,12 +196,15 @@ class Tracker:
         try:
             yield
         except (lmdb.Error, OSError) as error:
-            if self.epoch not in self.lost:
-                self.lost[self.epoch] = f"changes could not be noted ({error})"
-                log.error("Changes can no longer be noted: %s", error)
-            self._complete = False
-            with contextlib.suppress(OSError):
-                self._kept.set_complete(False)
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        if self.epoch not in self.lost:
+            self.lost[self.epoch] = f"changes could not be noted ({error})"
+            log.error("Changes can no longer be noted: %s", error)
+        self._complete = False
+        with contextlib.suppress(OSError):
+            self._kept.set_complete(False)
 
     def _touch(self) -> None:
         now = self.last_change_s = self._clock_s()
