@@ -3,26 +3,28 @@ items.
 
 1. A row is written before the change that it stands for, so it outlives the death of the process
    that wrote it. It need not outlive the machine's: after a boot nothing here is believed (see
-   :mod:`cloudfs.fuse.live.tracking`), and commits are not flushed.
-2. Rows are only added, until all epochs up to one are dropped at once.
-3. LMDB writes through its file descriptor, not through a mapping: on a full disk that is an error
-   that can be answered, not the end of the process.
+   :mod:`cloudfs.fuse.live.tracking`), and nothing is flushed.
+2. Each epoch has a file, and rows are only appended: a mark costs one system call. All epochs up to
+   one are dropped at once, for which there is room on a full disk too.
+3. A row that is not whole, at the end of a file, is that of a process that died over it; what it
+   stands for was not done.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import lmdb
-
 from cloudfs.core.marks import NEVER, Blocks
-from cloudfs.db.cache import MAX_READERS, reserve_locks
 
-MAP_BYTES = 1 << 38
-_AT_ONCE = 1000
-_STATE = b"state"
+_STATE = "state"
 _COMPLETE = "complete"
+_SUFFIX = ".marks"
+_HEAD = struct.Struct("<IH")  # length of key and value, of the key
 
 # Kinds of rows. After the kind comes the inode number, then what is said of it.
 NAME = b"N"  # a name in a directory
@@ -32,7 +34,7 @@ ITEM = b"I"  # attributes
 WHERE = b"W"  # a file handle of a directory, by which it can be found again
 
 Row = tuple[bytes, bytes]
-"""A key below its epoch, and a value."""
+"""A key, of which the last row counts, and a value."""
 
 
 def name_row(inode: int, name: bytes) -> Row:
@@ -99,64 +101,77 @@ class MarkedSet:
     """The rows on disk. One process writes."""
 
     def __init__(self, directory: Path) -> None:
-        """Open or make it. Raises lmdb.Error, OSError where the disk does not allow it."""
+        """Open or make it. Raises OSError where the disk does not allow it."""
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._directory = directory
         self._complete = directory / _COMPLETE
-        reserve_locks(directory)
-        self._env = lmdb.open(
-            str(directory), map_size=MAP_BYTES, sync=False, mode=0o600, max_readers=MAX_READERS
-        )
+        self._epoch = -1  # whose file is open
+        self._fd = -1
+        self._end = 0
 
     def add(self, epoch: int, rows: Iterable[Row]) -> None:
-        """Add rows to an epoch. When this returns they outlive this process. Raises lmdb.Error."""
-        prefix = epoch.to_bytes(4, "big")
-        with self._env.begin(write=True) as txn:
-            for key, value in rows:
-                txn.put(prefix + key, value)
+        """Add rows to an epoch. When this returns they outlive this process. Raises OSError; then
+        perhaps some of them do."""
+        if epoch != self._epoch:
+            self._open(epoch)
+        pack = _HEAD.pack
+        data = b"".join([pack(len(k) + len(v), len(k)) + k + v for k, v in rows])
+        written = os.pwrite(self._fd, data, self._end)
+        if written != len(data):
+            os.ftruncate(self._fd, self._end)  # what comes next must not stand before a rest
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += written
+
+    def _open(self, epoch: int) -> None:
+        self.close()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._fd = os.open(self._file(epoch), flags, 0o600)
+        self._end = sum(len(row) for row in _rows(self._file(epoch).read_bytes()))
+        os.ftruncate(self._fd, self._end)
+        self._epoch = epoch
 
     def load(self, first: int, last: int) -> Marks:
-        """All rows of the epochs from ``first`` to ``last``."""
+        """All rows of the epochs from ``first`` to ``last``. Raises OSError."""
         found = Marks()
-        end = (last + 1).to_bytes(4, "big")
-        for key, value in self._rows(first.to_bytes(4, "big")):
-            if key >= end:
-                break
-            found.take(key[4:], value)
+        for epoch in self._epochs():
+            if first <= epoch <= last:
+                for row in _rows(self._file(epoch).read_bytes()):
+                    _, length = _HEAD.unpack_from(row)
+                    start = _HEAD.size + length
+                    found.take(row[_HEAD.size : start], row[start:])
         return found
 
-    def _rows(self, start: bytes) -> Iterator[tuple[bytes, bytes]]:
-        with self._env.begin() as txn, txn.cursor() as cursor:
-            if cursor.set_range(start):
-                yield from cursor.iternext()
-
     def drop_through(self, epoch: int) -> None:
-        """Forget all epochs up to this one."""
-        more = True
-        while more:  # in pieces, so that no transaction grows without bounds
-            with self._env.begin(write=True) as txn, txn.cursor() as cursor:
-                more = cursor.first()
-                for _ in range(_AT_ONCE):
-                    more = more and int.from_bytes(cursor.key()[:4], "big") <= epoch
-                    if not more:
-                        break
-                    more = cursor.delete()
+        """Forget all epochs up to this one. Raises OSError."""
+        if self._epoch <= epoch:
+            self.close()
+        for number in self._epochs():
+            if number <= epoch:
+                self._file(number).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.drop_through(0xFFFF_FFFE)
-        self.save_state(b"")
+        """Forget everything. Raises OSError."""
+        self.drop_through(max(self._epochs(), default=0))
+        (self._directory / _STATE).unlink(missing_ok=True)
 
-    # The state's key sorts behind every epoch that is ever reached.
+    def _epochs(self) -> list[int]:
+        names = (Path(name) for name in os.listdir(self._directory))
+        return sorted(int(path.stem) for path in names if path.suffix == _SUFFIX)
+
+    def _file(self, epoch: int) -> Path:
+        return self._directory / f"{epoch}{_SUFFIX}"
 
     def save_state(self, value: bytes) -> None:
-        """Keep what the writer has to know when it is started again."""
-        with self._env.begin(write=True) as txn:
-            txn.put(b"\xff\xff\xff\xff" + _STATE, value)
+        """Keep what the writer has to know when it is started again. Raises OSError."""
+        temporary = self._directory / f"{_STATE}.new"
+        temporary.write_bytes(value)
+        temporary.replace(self._directory / _STATE)
 
     def state(self) -> bytes:
-        """What was saved last; b"" for nothing."""
-        with self._env.begin() as txn:
-            return bytes(txn.get(b"\xff\xff\xff\xff" + _STATE, b""))
+        """What was saved last; b"" for nothing. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self._directory / _STATE).read_bytes()
+        return b""
 
     # A file that is there while all is on disk: on a full one it can still be taken away.
 
@@ -173,5 +188,18 @@ class MarkedSet:
             self._complete.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close it."""
-        self._env.close()
+        """Close it. Rows may be added all the same."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = self._epoch = -1
+
+
+def _rows(data: bytes) -> Iterator[bytes]:
+    """The whole rows of a file."""
+    start = 0
+    while start + _HEAD.size <= len(data):
+        end = start + _HEAD.size + _HEAD.unpack_from(data, start)[0]
+        if end > len(data):
+            break
+        yield data[start:end]
+        start = end

@@ -148,6 +148,41 @@ def test_marks_outlive_their_writer(
     shutil.rmtree(directory)
 
 
+def test_rows_that_are_not_whole_are_passed_over(tmp_path: Path) -> None:
+    """A process died while it wrote them; who comes next goes on before them."""
+    rows = [marked.name_row(7, b"%d" % number * number) for number in range(1, 20)]
+    MarkedSet(tmp_path).add(1, rows)
+    (file,) = tmp_path.glob("*.marks")
+    whole = file.read_bytes()
+    for cut in range(len(whole) + 1):
+        file.write_bytes(whole[:cut])
+        kept = MarkedSet(tmp_path)
+        names = kept.load(1, 1).names.get(7, set())
+        assert names == {row[0][9:] for row in rows[: len(names)]}
+        kept.add(1, [marked.name_row(8, b"more")])
+        found = MarkedSet(tmp_path).load(1, 1).names
+        assert found == ({7: names} if names else {}) | {8: {b"more"}}
+        kept.close()
+    assert len(names) == len(rows)
+
+
+def test_rows_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them may be there or not, but no others, and later ones are."""
+    long, short = marked.name_row(1, b"long" * 50), marked.name_row(2, b"a")
+    real = os.pwrite
+    for size in range(len(long[0]) + 30):
+        kept = MarkedSet(tmp_path / f"{size}")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lambda fd, data, at, n=size: real(fd, data[:n], at))
+            with contextlib.suppress(OSError):
+                kept.add(1, [short, long])
+        kept.add(1, [marked.name_row(3, b"later")])
+        found = MarkedSet(tmp_path / f"{size}").load(1, 1).names
+        assert found.pop(3) == {b"later"}
+        assert all(names <= {b"a", long[0][9:]} for names in found.values())
+        kept.close()
+
+
 ME = By(0, 0)
 NAMES = hs.sampled_from([b"a", b"b", b"c", b"d"])
 OFFSETS = hs.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 7])

@@ -19,7 +19,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import lmdb
 import msgspec
 
 from cloudfs.core.marks import Blocks
@@ -110,7 +109,7 @@ class Tracker:
     def _saved(self) -> State | None:
         try:
             return msgspec.msgpack.decode(self._kept.state(), type=State)
-        except (msgspec.DecodeError, lmdb.Error):
+        except (msgspec.DecodeError, OSError):
             return None
 
     def save(self) -> None:
@@ -187,7 +186,7 @@ class Tracker:
     def _add(self, rows: Iterable[Row]) -> None:
         try:  # and not _or_lost, which would be a quarter of what a mark costs
             self._kept.add(self.epoch, rows)
-        except (lmdb.Error, OSError) as error:
+        except OSError as error:
             self._lose(error)
 
     @contextlib.contextmanager
@@ -195,7 +194,7 @@ class Tracker:
         """Rule 4."""
         try:
             yield
-        except (lmdb.Error, OSError) as error:
+        except OSError as error:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
