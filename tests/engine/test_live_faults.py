@@ -819,7 +819,10 @@ def held_in(rig: Living, part: bytes) -> list[bytes]:
     """What the mount has open, by a part of its path."""
     assert rig.daemon is not None
     place = b"/proc/%d/fd/" % rig.daemon.pid
-    found = [os.readlink(place + name) for name in os.listdir(place) if os.path.lexists(place)]
+    found = []
+    for name in os.listdir(place):
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found.append(os.readlink(place + name))
     return [path for path in found if part in path]
 
 
