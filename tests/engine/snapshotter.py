@@ -148,8 +148,8 @@ class Differ:
                     self.say("created", path)
                 continue
             kept.add(origin)
-            here = os.path.join(was.get(os.path.dirname(path)) or b"", os.path.basename(path))
-            if origin != here:
+            parent = was.get(os.path.dirname(path), b"")  # None: it was not there
+            if parent is None or origin != os.path.join(parent, os.path.basename(path)):
                 self.say("renamed", path, **{"from": os.fsdecode(origin)})
             if before.ctime_ns != item.ctime_ns:
                 self.tell_change(path, origin, item)
