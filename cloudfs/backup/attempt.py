@@ -6,23 +6,21 @@ import os
 from collections.abc import Iterator, Sequence
 
 import msgspec
-import xxhash
 
 from cloudfs.backup.adopt import adopt
 from cloudfs.backup.coalesce import PageSpool
 from cloudfs.backup.dispatch import Dispatcher
 from cloudfs.backup.job import (
-    Interrupted,
     SyncEvents,
     SyncJob,
     SyncResult,
-    SyncSettings,
     Verified,
 )
 from cloudfs.backup.packs import PackSettings
 from cloudfs.backup.publish import Collected, Publisher
 from cloudfs.backup.rebuild import rebuild
 from cloudfs.backup.revisit import Revisit
+from cloudfs.backup.trust import signature_of, why_not_trusted
 from cloudfs.backup.unread import Unread
 from cloudfs.backup.verify import Against, Differs, NotingQueue, Sample, Verifier
 from cloudfs.backup.walk import QUOTA, Walk
@@ -330,7 +328,7 @@ class Attempt:
         self._tell(walk)
 
     def _check_stop(self) -> None:
-        check_stop(self._job, self._snapshot)
+        self._job.check_stop(self._snapshot)
 
     def _tell(self, walk: Walk) -> None:
         collected = self._collected
@@ -434,25 +432,3 @@ class Attempt:
             self._job.repository.clock_ns() - self._started_ns,
             verified=self.verified,
         )
-
-
-def check_stop(job: SyncJob, snapshot: int) -> None:
-    """Raise Interrupted where the user asked to stop."""
-    if job.stopped():
-        raise Interrupted(
-            f"stopped. Snapshot {snapshot} was not made; what was stored is used by the next sync."
-        )
-
-
-def why_not_trusted(head: Head, signature: bytes) -> str:
-    """Why a sync that begins at ``head`` cannot go by a changelist; "" if it can."""
-    if head.signature != signature:
-        return "the policy's sources or filters are others"
-    if head.unread:
-        return "some files could not be read last time"
-    return ""
-
-
-def signature_of(settings: SyncSettings) -> bytes:
-    """A digest of what decides which items a walk sees: another one, and all is looked at."""
-    return xxhash.xxh3_128_digest(msgspec.msgpack.encode([settings.sources, settings.filters]))

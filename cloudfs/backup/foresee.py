@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cloudfs.backup.attempt import signature_of, why_not_trusted
 from cloudfs.backup.job import SyncSettings
 from cloudfs.backup.sources import btrfs_source, external_source
+from cloudfs.backup.trust import signature_of, why_not_trusted
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.local import LocalState
 from cloudfs.db.state import read_head

@@ -61,6 +61,14 @@ class SyncJob:
         """Where this machine keeps what it knows of the policy's last sync."""
         return self.repository.local.policy_dir(self.repository.id, self.record.id)
 
+    def check_stop(self, snapshot: int) -> None:
+        """Raise Interrupted where the user asked to stop, before this snapshot was made."""
+        if self.stopped():
+            raise Interrupted(
+                f"stopped. Snapshot {snapshot} was not made; what was stored is used by the next"
+                " sync."
+            )
+
 
 @dataclass
 class Difference:

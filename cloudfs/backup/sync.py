@@ -18,11 +18,12 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from cloudfs.backup.attempt import Attempt, check_stop, signature_of, why_not_trusted
+from cloudfs.backup.attempt import Attempt
 from cloudfs.backup.coalesce import PageSpool
 from cloudfs.backup.exclusive import held_lease, local_lock
 from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
 from cloudfs.backup.sources import btrfs_source, external_source, leave
+from cloudfs.backup.trust import signature_of, why_not_trusted
 from cloudfs.backup.verify import Differs, doubt
 from cloudfs.core.errors import SourceError
 from cloudfs.db.state import SyncState
@@ -123,6 +124,6 @@ def _external(
         directory,
         settings.external,
         events.note,
-        lambda: check_stop(job, last.number + 1 if last is not None else 1),
+        lambda: job.check_stop(last.number + 1 if last is not None else 1),
     )
     return external.ready(state, born_ns)

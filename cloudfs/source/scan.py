@@ -98,12 +98,11 @@ class Scanner:
     unlisted: list[tuple[bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
     _reader: StatReader = field(init=False)
-    _mask: int = field(init=False, default=-1)
+    _plain: StatReader = field(init=False, default_factory=StatReader)  # for what lies beneath
     _mount_dev: int = field(init=False, default=0)  # the device of a live mount
 
     def __post_init__(self) -> None:
         self._reader = self.roots.reader()
-        self._mask = self._reader.inode_mask
         if self.roots.beneath is not None:
             self._mount_dev = os.fstat(self.roots.fd_of(b"")[0]).st_dev
         if self.filters.excludes:
@@ -149,7 +148,7 @@ class Scanner:
         if beneath is not None:
             before = len(self.unlisted)
             with contextlib.suppress(OSError, TouchedSince):
-                found = self._visit(lin, path, record, inode, (beneath.fd, below), StatReader())
+                found = self._visit(lin, path, record, inode, (beneath.fd, below), self._plain)
                 if found is not None:
                     found.dev = self._mount_dev  # by which files of several names are known
                 return found
@@ -213,7 +212,7 @@ class Scanner:
         if beneath.way_touched(fd, path):
             root_fd, below = self.roots.fd_of(path)
             frozen = os.stat(below or b".", dir_fd=root_fd, follow_symlinks=False)
-            if frozen.st_ino & self._mask != os.fstat(fd).st_ino:
+            if frozen.st_ino & self._reader.inode_mask != os.fstat(fd).st_ino:
                 raise TouchedSince
 
     def _refuse(
@@ -243,6 +242,7 @@ class Scanner:
         if change.whole or one_decides:
             return self.visit(lin, change.path, record, change.inode)
         root_fd, below = self.roots.fd_of(change.path)
+        mask = self._reader.inode_mask
         nested = self.roots.nested_in(change.path)
         fd = open_directory(root_fd, below)
         try:
@@ -257,7 +257,7 @@ class Scanner:
                     continue
                 try:
                     status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    again.append(_raw(name, status, dev, self._mask))
+                    again.append(_raw(name, status, dev, mask))
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -266,8 +266,7 @@ class Scanner:
             if self.filters.by_name:
                 again = self._filtered(again, below, fd)
             again.extend(
-                _raw(name, os.fstat(nested_fd), dev, self._mask)
-                for name, nested_fd in nested.items()
+                _raw(name, os.fstat(nested_fd), dev, mask) for name, nested_fd in nested.items()
             )
         finally:
             os.close(fd)

@@ -149,14 +149,19 @@ def test_the_btrfs_command_is_not_needed(synced: Machine, tree: Path, tmp_path: 
     same(tree, restored(synced, tree))
 
 
+def wait_for_a_snapshot(process: subprocess.Popen[str], tree: Path, kept: list[str]) -> None:
+    """Until a sync has taken one, beside those that were kept."""
+    deadline = time.monotonic() + 20
+    while holding(tree) == kept and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_what_was_left_by_a_killed_sync_is_removed(synced: Machine, tree: Path) -> None:
     kept = holding(tree)
     (tree / "large").write_bytes(os.urandom(30_000_000))
     with synced.start("sync", "vol", "--workers", "1") as process:
-        deadline = time.monotonic() + 20
-        while holding(tree) == kept and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for_a_snapshot(process, tree, kept)
         process.send_signal(signal.SIGKILL)
     assert len(holding(tree)) > len(kept)
     synced.run("sync", "vol")
@@ -368,10 +373,7 @@ def test_a_policy_is_not_removed_while_it_is_synced(synced: Machine, tree: Path)
     (tree / "large").write_bytes(os.urandom(30_000_000))
     kept = holding(tree)
     with synced.start("sync", "vol", "--workers", "1") as process:
-        deadline = time.monotonic() + 20
-        while holding(tree) == kept and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for_a_snapshot(process, tree, kept)
         process.send_signal(signal.SIGSTOP)
         try:
             said = synced.fails(11, "policy", "remove", "vol", "--yes")

@@ -13,6 +13,15 @@ from tests.engine import loops
 from tests.engine.watched import Watched
 
 
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A directory in memory, which other users can enter."""
+    path = Path(tempfile.mkdtemp(prefix="cloudfs-base-", dir="/dev/shm"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.fixture(scope="module", params=["ext4", "xfs"])
 def local_volume(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system of each kind for all tests of a module."""

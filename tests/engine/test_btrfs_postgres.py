@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +20,6 @@ pytestmark = pytest.mark.long
 
 SYNCS = 6
 KIB, MIB = 1 << 10, 1 << 20
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    """A directory that PostgreSQL's user can enter."""
-    path = Path(tempfile.mkdtemp(prefix="cloudfs-postgres-", dir="/dev/shm"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
 
 
 def bring_back(rig: Rig, number: int, target: Path) -> None:

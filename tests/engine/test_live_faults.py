@@ -8,7 +8,6 @@ import mmap
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,13 +33,6 @@ from tests.posix.mounts import few_descriptors, job
 KIB, MIB = 1 << 10, 1 << 20
 LONG_S = 60.0
 """Longer than anything here takes, unless it waits for itself."""
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="cloudfs-live-", dir="/dev/shm"))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture
@@ -771,12 +763,7 @@ def test_a_clock_that_is_set_back(rig: Living, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_file_system_within_the_tree(base: Path) -> None:
     """What the kernel forgot in between is known again by what was marked."""
-    rig = Living(base)
-    nested = rig.tree / "nested"
-    nested.mkdir()
-    btrfs.run("mount", "-t", "tmpfs", "none", nested)
-    try:
-        rig.mount()
+    with with_another_within(base) as (rig, nested):
         (nested / "d").mkdir()
         paths = [nested / "f", nested / "d" / "g", rig.tree / "h"]
         for turn in range(4):
@@ -793,6 +780,18 @@ def test_a_file_system_within_the_tree(base: Path) -> None:
             assert not by_marks or (made.source, rig.notes) == ("live", [])
             assert not difference(last_contents(rig), contents_of_tree(rig.tree))
             assert wait_for(lambda: not held_in(rig, b"/nested/")), "nothing is held in the end"
+
+
+@contextlib.contextmanager
+def with_another_within(base: Path) -> Iterator[tuple[Living, Path]]:
+    """A rig that is mounted live, and a place within where another file system is mounted."""
+    rig = Living(base)
+    nested = rig.tree / "nested"
+    nested.mkdir()
+    btrfs.run("mount", "-t", "tmpfs", "none", nested)
+    try:
+        rig.mount()
+        yield rig, nested
     finally:
         rig.unmount()
         btrfs.run("umount", nested)
@@ -828,12 +827,7 @@ def held_in(rig: Living, part: bytes) -> list[bytes]:
 
 def test_many_directories_of_a_file_system_within_the_tree(base: Path) -> None:
     """More than are held: what nobody knows where to find is looked for by a scan."""
-    rig = Living(base)
-    nested = rig.tree / "nested"
-    nested.mkdir()
-    btrfs.run("mount", "-t", "tmpfs", "none", nested)
-    try:
-        rig.mount()
+    with with_another_within(base) as (rig, nested):
         rig.sync()
         for number in range(MOST_HELD + 10):
             (nested / f"{number}").mkdir()
@@ -846,10 +840,6 @@ def test_many_directories_of_a_file_system_within_the_tree(base: Path) -> None:
             assert not difference(last_contents(rig), contents_of_tree(rig.tree))
             (nested / "0" / "file").write_text("changed")
             drop_inodes()
-    finally:
-        rig.unmount()
-        btrfs.run("umount", nested)
-        rig.close()
 
 
 def test_a_write_far_beyond_the_end(rig: Living) -> None:

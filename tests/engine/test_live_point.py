@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +37,6 @@ while True:
     os.rename(f"{top}/mark-{step - 1}", f"{top}/mark-{step}")
 """
 """Each step is noted in one of several files, then in place in one, then by a name."""
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    """A directory that PostgreSQL's user can enter."""
-    path = Path(tempfile.mkdtemp(prefix="cloudfs-live-", dir="/dev/shm"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ from tests.engine import btrfs, loops
 from tests.engine.btrfs import run
 from tests.engine.living import Living, living
 from tests.engine.rig import Rig, contents_of_tree, difference
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="cloudfs-numbers-", dir="/dev/shm"))
-    yield path
-    shutil.rmtree(path)
 
 
 @contextlib.contextmanager
