@@ -346,6 +346,8 @@ def set_policy(app: App, name: str, clear: tuple[str, ...], **given: Any) -> Non
     if not fields:
         raise UsageError("nothing to change: give an option for what is to be different.")
     new = msgspec.structs.replace(old.policy, **fields)
+    if (new.snapshot, new.sources) != (old.policy.snapshot, old.policy.sources):
+        check_not_mounted(app, name)
     _check(new)
     if new.repository != old.policy.repository:
         with open_or_create(app, Place(new.repository, app.store_options(new)), new) as repository:

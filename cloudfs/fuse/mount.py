@@ -24,6 +24,7 @@ from cloudfs.fuse.mounting import end_on_signal, init, raise_read_ahead
 from cloudfs.fuse.opening import open_view
 from cloudfs.fuse.patience import PatientStore
 from cloudfs.fuse.view import View
+from cloudfs.source.own import SUBTYPE
 
 __all__ = ["MountJob", "job_of", "serve"]
 
@@ -41,7 +42,7 @@ def serve(job: MountJob, ready: Callable[[], None]) -> None:
 
 def _options(url: str, *, allow_other: bool) -> set[str]:
     source = url.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
-    options = {"default_permissions", "ro", f"fsname={source}", f"subtype={places.SUBTYPE}"}
+    options = {"default_permissions", "ro", f"fsname={source}", f"subtype={SUBTYPE}"}
     return options | {"allow_other"} if allow_other else options
 
 

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from cloudfs.core.errors import CloudfsError, UsageError
 from cloudfs.source.mounts import Mount
 from cloudfs.source.mounts import mounts as all_mounts
+from cloudfs.source.own import LIVE_SUBTYPE, SUBTYPE
 
-SUBTYPE = "cloudfs"
-LIVE_SUBTYPE = "cloudfs-live"
 _TRIES, _PAUSE_S = 4, 0.1
 ANSWER_S = 5.0
 _KINDS = (f"fuse.{SUBTYPE}", f"fuse.{LIVE_SUBTYPE}")

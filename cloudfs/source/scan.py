@@ -30,6 +30,7 @@ from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
 from cloudfs.source.inode import StatReader, check_directory, open_directory
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
+from cloudfs.source.own import OwnMounts, own_mounts
 from cloudfs.source.roots import HOLDING, Roots
 from cloudfs.source.unseen import Inode
 
@@ -100,6 +101,7 @@ class Scanner:
     _reader: StatReader = field(init=False)
     _plain: StatReader = field(init=False, default_factory=StatReader)  # for what lies beneath
     _mount_dev: int = field(init=False, default=0)  # the device of a live mount
+    _own: OwnMounts = field(init=False, default_factory=own_mounts)
 
     def __post_init__(self) -> None:
         self._reader = self.roots.reader()
@@ -168,8 +170,9 @@ class Scanner:
         fd = open_directory(root_fd, below)
         try:
             dev = check_directory(fd, inode, reader)
-            # Inside another file system only its mount point itself belongs to the backup.
-            foreign = self.filters.one_file_system and dev != os.fstat(root_fd).st_dev
+            # Of what is left out only the mount point itself belongs to the backup.
+            left_out = self.filters.one_file_system or dev in self._own.views
+            foreign = left_out and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
             refused: list[tuple[bytes, OSError]] = []
             entries = [] if foreign else _list(fd, dev, mask, refused)
@@ -181,6 +184,9 @@ class Scanner:
                 self._refuse(path, entries, refused, record)
             if not below:
                 entries = [entry for entry in entries if entry[0] != HOLDING]
+            if dev in self._own.live:
+                shows = self._own.show_backups
+                entries = [entry for entry in entries if not shows(dev, entry[0], entry[2])]
             for name, nested_fd in self.roots.nested_in(path).items():
                 entries = [
                     e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, mask)

@@ -248,7 +248,11 @@ def test_the_tree_is_there_without_the_repository(
 
 
 def test_a_policy_is_not_removed_while_its_tree_is_mounted(live: Machine, tree: Path) -> None:
-    said = live.fails(2, "policy", "remove", "home", "--yes")
-    assert said == f"home is mounted live at {tree}; `cloudfs umount {tree}` first."
+    unmount_first = f"home is mounted live at {tree}; `cloudfs umount {tree}` first."
+    assert live.fails(2, "policy", "remove", "home", "--yes") == unmount_first
+    for change in (("--snapshot", "btrfs"), ("--snapshot", "scan"), ("--source", tree.parent)):
+        assert live.fails(2, "policy", "set", "home", *change) == unmount_first
+    live.run("policy", "set", "home", "--compression", "zstd:4", "--snapshot", "live")
     live.run("umount", tree)
+    live.run("policy", "set", "home", "--snapshot", "scan")
     live.run("policy", "remove", "home", "--yes")

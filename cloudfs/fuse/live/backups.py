@@ -35,9 +35,8 @@ from cloudfs.fuse.tree import LATEST, Branch
 from cloudfs.fuse.turns import Turns
 from cloudfs.fuse.view import View
 from cloudfs.repo.view import SnapshotView
+from cloudfs.source.own import MADE_UP
 
-NAME = b".snapshot"
-MADE_UP = 1 << 61
 VIEWED = 1 << 62
 _LATEST_BIT = 1 << 48
 _FIRST_SLOT = VIEWED >> LIN_BITS

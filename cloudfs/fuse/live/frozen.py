@@ -21,6 +21,7 @@ from cloudfs.fuse.live.freeze import Freeze, xattrs_of
 from cloudfs.fuse.live.inodes import MASK, ROOT, Inode, Inodes
 from cloudfs.source.inode import StatReader, data_extents, read_flags
 from cloudfs.source.live.protocol import EXTENTS_ATTRIBUTE, STATUS_ATTRIBUTE, MoreStatus
+from cloudfs.source.own import SNAPSHOTS, own_mounts
 
 NUMBER_BITS = 48
 _FREEZES = 1 << 12
@@ -43,6 +44,7 @@ class FrozenTree:
         self.base = base_of(freeze.number)
         self._inodes = inodes
         self._crosses = crosses
+        self._own = own_mounts()
         self._known: dict[int, int] = {}  # live number -> how often the kernel was told of it
         self._stat = StatReader()
 
@@ -101,7 +103,7 @@ class FrozenTree:
         if kept is not None and name in kept:
             child = kept[name]
             return child if child is None else self._inodes.opened(child)
-        if self._crosses(parent):
+        if self._stands_empty(parent):
             return None
         try:
             inode, _ = self._inodes.look_up(parent, name)
@@ -111,11 +113,23 @@ class FrozenTree:
 
     def names(self, directory: Inode) -> list[bytes]:
         """The names that stood in a directory. Raises OSError."""
-        if self._crosses(directory):
+        if self._stands_empty(directory):
             return []
         kept = self.freeze.names.get(directory.number, {})
-        there = [name for name in list_names(directory) if name not in kept]
+        there = [name for name in self._listed(directory) if name not in kept]
         return there + [name for name, child in kept.items() if child is not None]
+
+    def _stands_empty(self, directory: Inode) -> bool:
+        return directory.dev in self._own.views or self._crosses(directory)
+
+    def _listed(self, directory: Inode) -> list[bytes]:
+        """What is in a directory now, but for the backups that a live mount within shows."""
+        names = list_names(directory)
+        if directory.dev in self._own.live and SNAPSHOTS in names:
+            number = os.lstat(directory.proc + b"/" + SNAPSHOTS).st_ino
+            if self._own.show_backups(directory.dev, SNAPSHOTS, number):
+                names.remove(SNAPSHOTS)
+        return names
 
     def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
         """The extended attributes that an item had."""

@@ -10,10 +10,10 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken
 
 from cloudfs.fuse.live.answers import fill
-from cloudfs.fuse.live.backups import NAME as SNAPSHOTS
 from cloudfs.fuse.live.backups import Backups
 from cloudfs.fuse.live.frozen import list_names
 from cloudfs.fuse.live.inodes import ROOT, Inode, Inodes
+from cloudfs.source.own import SNAPSHOTS
 
 
 class LiveNames:

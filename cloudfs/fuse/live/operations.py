@@ -21,8 +21,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
 from cloudfs.fuse.live.answers import answering, attributes_lasting, fill, statvfs_of
-from cloudfs.fuse.live.backups import MADE_UP, Backups
-from cloudfs.fuse.live.backups import NAME as SNAPSHOTS
+from cloudfs.fuse.live.backups import Backups
 from cloudfs.fuse.live.files import OpenFile
 from cloudfs.fuse.live.freeze import Freeze, Full
 from cloudfs.fuse.live.frozen import NUMBER_BITS
@@ -33,6 +32,7 @@ from cloudfs.fuse.live.sides import Opened, Side
 from cloudfs.fuse.live.tree import By, LiveTree, Wanted
 from cloudfs.fuse.turns import Turns
 from cloudfs.source.live.protocol import FROZEN_PREFIX
+from cloudfs.source.own import MADE_UP, SNAPSHOTS
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

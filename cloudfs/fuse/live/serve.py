@@ -43,6 +43,7 @@ from cloudfs.source.inode import StatReader
 from cloudfs.source.live.protocol import LOCK, MARKS, SOCKET
 from cloudfs.source.mounts import mounts, within
 from cloudfs.source.numbers import keeps_numbers, kind_keeps_numbers
+from cloudfs.source.own import LIVE_SUBTYPE, is_view
 
 _SYSTEM = ("/proc", "/sys", "/run", "/etc", "/usr", "/lib")
 """Below these lies what programs and libraries look for, on whatever mounts."""
@@ -120,7 +121,7 @@ def _options(job: LiveJob) -> set[str]:
         "dev",
         "suid",
         f"fsname={source}",
-        f"subtype={places.LIVE_SUBTYPE}",
+        f"subtype={LIVE_SUBTYPE}",
     }
 
 
@@ -136,7 +137,7 @@ def _terms(job: LiveJob, inodes: Inodes, directory_fd: int) -> Terms:
         if job.one_file_system:
             return ""
         for mount in within(os.fsencode(job.source), mounts()):
-            if not kind_keeps_numbers(mount.kind):
+            if not is_view(mount) and not kind_keeps_numbers(mount.kind):
                 place = os.fsdecode(mount.place)
                 return f"{place} is on {mount.kind}, where inodes get other numbers at any time"
         return ""

@@ -15,6 +15,7 @@ import xxhash
 from cloudfs.core.errors import SourceError
 from cloudfs.source.inode import StatReader
 from cloudfs.source.mounts import Mount, mounts, within
+from cloudfs.source.own import is_view
 from cloudfs.source.roots import root_names
 
 LeavesOut = Callable[[bytes], bool]
@@ -59,13 +60,15 @@ def places_of(sources: list[bytes], leaves_out: LeavesOut) -> Places:
         finally:
             os.close(fd)
         for mount in within(top, all_mounts):
-            if not os.path.isdir(mount.place):
+            view = is_view(mount)  # which may have a server that does not answer
+            if not view and not os.path.isdir(mount.place):
                 continue
             below = mount.place[len(top.rstrip(b"/")) + 1 :]
             if leaves_out(below):
                 continue
             digest.update(b"%d %d %s\0" % (mount.device, mount.number, mount.top) + mount.place)
-            found.append(_place(mount, name + b"/" + below if name else below))
+            if not view:
+                found.append(_place(mount, name + b"/" + below if name else below))
     return Places(found, digest.hexdigest())
 
 
