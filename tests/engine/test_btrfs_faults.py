@@ -58,9 +58,14 @@ def change(tree: Path, turn: int) -> None:
         (directory / f"replaced{turn}").rename(directory / "kept")
 
 
+def held_place(rig: Rig) -> Path:
+    """Where the snapshots are."""
+    return rig.tree / os.fsdecode(HOLDING)
+
+
 def held(rig: Rig) -> list[Path]:
     """The snapshots that are there."""
-    return sorted((rig.tree / os.fsdecode(HOLDING)).iterdir())
+    return sorted(held_place(rig).iterdir())
 
 
 def check(rig: Rig, numbers: int, *, notes: str | None = None) -> None:
@@ -409,6 +414,28 @@ def test_a_file_system_that_is_read_only(rig: Rig, volume: Path, tmp_path: Path)
     check(rig, 3, notes="belongs to snapshot 1")  # which could not be deleted
     change(rig.tree, 3)
     check(rig, 4)
+
+
+# -- another subvolume -----------------------------------------------------------------------------
+
+
+def test_a_source_that_is_rolled_back(rig: Rig, volume: Path) -> None:
+    """A snapshot of it takes its place, in which empty directories stand for those of cloudfs."""
+    btrfs.run("btrfs", "subvolume", "snapshot", rig.tree, volume / "earlier")
+    check(rig, 2)
+    change(rig.tree, 2)
+    check(rig, 3)
+    rig.tree.rename(volume / "later")
+    btrfs.run("btrfs", "subvolume", "snapshot", volume / "earlier", rig.tree)
+    assert held(rig), "that snapshot has one"
+    check(rig, 4, notes="another subvolume took the place of one")
+    change(rig.tree, 3)
+    check(rig, 5)
+    rig.source = "scan"
+    change(rig.tree, 4)
+    rig.sync()
+    assert not rig.notes
+    assert not held_place(rig).exists()
 
 
 # -- clocks ----------------------------------------------------------------------------------------

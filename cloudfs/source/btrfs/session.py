@@ -166,10 +166,7 @@ class BtrfsSource:
                 for name in os.listdir(holding):
                     place = os.path.join(holding, name)
                     if name.startswith(self._prefix + b"-") and place not in keep:
-                        try:
-                            subvolume.delete(place)
-                        except SourceError as error:
-                            tell(str(error))
+                        _delete(place, tell)
 
     def leave(self, tell: Callable[[str], None]) -> None:
         """Delete all snapshots of this policy: no sync will count from them. ``tell`` is told what
@@ -294,6 +291,20 @@ def _check_untouched(base: list[_Held]) -> None:
     for held in base:
         if what := _what_became_of(held):
             raise SourceError(f"the last snapshot {os.fsdecode(held.place)} {what}.")
+
+
+def _delete(place: bytes, tell: Callable[[str], None]) -> None:
+    """Delete a snapshot, or what stands for one in a source that was itself made by snapshotting
+    one: an empty directory."""
+    try:
+        if subvolume.is_subvolume(place):
+            subvolume.delete(place)
+        else:
+            os.rmdir(place)
+    except SourceError as error:
+        tell(str(error))
+    except OSError as error:
+        tell(f"{os.fsdecode(place)} could not be deleted ({error.strerror}).")
 
 
 def _check_intact(taken: list[_Held]) -> None:
