@@ -22,6 +22,7 @@ from cloudfs.source.mounts import mounts as all_mounts
 from cloudfs.source.own import LIVE_SUBTYPE, SUBTYPE
 
 _TRIES, _PAUSE_S = 4, 0.1
+_MAX_LINKS = 40  # as the kernel follows
 ANSWER_S = 5.0
 _KINDS = (f"fuse.{SUBTYPE}", f"fuse.{LIVE_SUBTYPE}")
 
@@ -121,8 +122,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     ``lazy``: now from the tree, and for good when the last user of it is done.
     """
-    path = _absolute(mountpoint)
-    if not any(mounted.mountpoint == path for mounted in mounts()):
+    path = _mounted_at(mountpoint)
+    if path is None:
         raise UsageError(f"no cloudfs mount at {mountpoint}; `cloudfs status` lists them.")
     if os.geteuid() == 0:
         command = ["umount", *(["-l"] if lazy else []), "--", path]
@@ -148,7 +149,18 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     raise CloudfsError(f"{mountpoint} could not be unmounted: {said}.")
 
 
-def _absolute(mountpoint: str) -> str:
-    """The real path; the last part is not looked at, as the mount there may be dead."""
-    head, tail = os.path.split(os.path.abspath(mountpoint))
-    return os.path.join(os.path.realpath(head), tail)
+def _mounted_at(path: str) -> str | None:
+    """The real path of a cloudfs mount, found without looking at it, as it may be dead."""
+    places = {mounted.mountpoint for mounted in mounts()}
+    path = os.path.abspath(path)
+    for _ in range(_MAX_LINKS):
+        head, tail = os.path.split(path)
+        directory = os.path.realpath(head)
+        path = os.path.join(directory, tail)
+        if path in places:
+            return path
+        try:
+            path = os.path.join(directory, os.readlink(path).rstrip("/"))
+        except OSError:
+            break  # no symlink
+    return None

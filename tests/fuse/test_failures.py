@@ -87,6 +87,25 @@ def test_unmounting_ends_the_server(bench: Bench, tree: Path, mnt: Path) -> None
         places.unmount(str(mnt))
 
 
+def test_unmounting_by_another_name(bench: Bench, tree: Path, mnt: Path, tmp_path: Path) -> None:
+    bench.sync(tree)
+    (tmp_path / "absolute").symlink_to(mnt)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "relative").symlink_to(f"../{mnt.name}/")
+    (tmp_path / "twice").symlink_to("elsewhere/relative")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "away").symlink_to("elsewhere")
+    for name in ("absolute", "elsewhere/relative", "twice/", "away/relative"):
+        with bench.mounted(mnt) as daemon:
+            for other in ("circle", "away", "missing"):
+                with pytest.raises(UsageError, match="no cloudfs mount"):
+                    places.unmount(str(tmp_path / other))
+            os.kill(daemon.pid, signal.SIGSTOP)  # it is not asked anything
+            places.unmount(f"{tmp_path}/{name}", lazy=True)
+            os.kill(daemon.pid, signal.SIGCONT)
+            assert daemon.wait(10) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_unmounts(bench: Bench, tree: Path, mnt: Path, number: int) -> None:
     bench.sync(tree)
