@@ -8,6 +8,8 @@ import mmap
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -249,6 +251,60 @@ def test_a_full_disk_beneath_is_said_to_who_writes(base: Path) -> None:
         big.unlink()
         fill(rig, 3)
         sync_by_marks(rig)
+
+
+FILL = """
+import os, sys
+os.setgid(int(sys.argv[2])), os.setuid(int(sys.argv[2]))
+file = open(sys.argv[1], "wb", buffering=0)
+print("open", flush=True)
+sys.stdin.readline()
+written = 0
+try:
+    while True:
+        written += file.write(bytes(1 << 16))
+except OSError as error:
+    assert error.errno == 28, error
+print(written)
+"""
+
+
+class Filler:
+    """A process of some user that opens a file, and writes to it until there is no more room."""
+
+    def __init__(self, path: Path, uid: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FILL, path, f"{uid}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "open\n"
+
+    def fill(self) -> int:
+        """How many bytes there was room for."""
+        out, _ = self._process.communicate("\n", timeout=LONG_S)
+        return int(out)
+
+
+def test_what_is_reserved_for_root_is_for_root_alone(base: Path) -> None:
+    """Room is found as for the one who opened a file, whoever made something in between."""
+    options = (64 * MIB, "-m", "30", "-O", "^has_journal")
+    with loops.file_system(base, "ext4", *options) as place, living(base, sources=[place]) as rig:
+        rooms = []
+        for tree in (rig.beneath, rig.tree):
+            base.chmod(0o755), tree.chmod(0o777)
+            users, roots = Filler(tree / "user", 12345), Filler(tree / "root", 0)
+            (tree / "by root").touch()
+            room = users.fill()
+            (tree / "user").chmod(0o644)
+            rooms.append((room, roots.fill()))
+            (tree / "user").unlink(), (tree / "root").unlink()
+            os.sync()
+        beneath, live = rooms
+        assert live == pytest.approx(beneath, abs=MIB)
+        assert live[1] > 15 * MIB
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ import contextlib
 import itertools
 import os
 import shutil
+import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,11 +21,12 @@ from cloudfs.core.marks import GROUP, NEVER, Blocks
 from cloudfs.db import marked
 from cloudfs.db.marked import MarkedSet, Marks
 from cloudfs.fuse.live import tree as trees
+from cloudfs.fuse.live.caller import By, without
 from cloudfs.fuse.live.files import OpenFiles
 from cloudfs.fuse.live.freeze import CHUNK, Freeze
 from cloudfs.fuse.live.frozen import FrozenTree
 from cloudfs.fuse.live.inodes import Inode, Inodes
-from cloudfs.fuse.live.tree import By, LiveTree, Wanted
+from cloudfs.fuse.live.tree import LiveTree, Wanted
 from cloudfs.source.live.touched import Touched
 from tests.engine.test_machine import hunt
 
@@ -183,6 +187,49 @@ def test_rows_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.Mon
         kept.close()
 
 
+# -- who the thread is -----------------------------------------------------------------------------
+
+CALLER = """
+from pathlib import Path
+from cloudfs.fuse.live.caller import By, Caller
+
+def show():
+    lines = dict(line.split(":\t", 1) for line in Path("/proc/thread-self/status").open())
+    uid, gid = lines["Uid"].split()[3], lines["Gid"].split()[3]
+    print(uid, gid, int(lines["CapEff"], 16))
+
+caller = Caller()
+show()
+for by, keeps in ((By(7, 8), None), (By(7, 9), True), (By(0, 8), None), (By(0, 0), None)):
+    with caller.acting(by, keeps=keeps):
+        show()
+    show()
+"""
+FSETID, RESOURCE = 1 << 4, 1 << 24
+
+
+def test_a_change_is_made_as_by_the_caller_and_all_else_by_the_mount() -> None:
+    done = subprocess.run([sys.executable, "-c", CALLER], check=True, stdout=subprocess.PIPE)
+    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    every = found[0][2]
+    assert every & FSETID
+    own = (0, 0, every)
+    assert found[0::2] == [own] * 5
+    assert found[1::2] == [
+        (7, 8, every & ~FSETID & ~RESOURCE),
+        (7, 9, every & ~RESOURCE),
+        (0, 8, every),
+        own,
+    ]
+
+
+def test_capabilities_that_are_lowered() -> None:
+    """This machine's root may not have all of them."""
+    every = struct.pack("=6I", *[0xFFFF_FFFF] * 6)
+    lowered = struct.unpack("=6I", without(every, RESOURCE | FSETID))
+    assert lowered == (0xFFFF_FFFF & ~RESOURCE & ~FSETID, *[0xFFFF_FFFF] * 5)
+
+
 ME = By(0, 0)
 NAMES = hs.sampled_from([b"a", b"b", b"c", b"d"])
 OFFSETS = hs.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 7])
@@ -191,11 +238,8 @@ OFFSETS = hs.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHU
 class Anybody:
     """In the place of acting as others, which would change this process for good."""
 
-    def own_as(self, uid: int, gid: int) -> None:
-        pass
-
-    def keep_privileges(self, keep: bool) -> None:
-        pass
+    def acting(self, by: By, *, keeps: bool | None = None) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
 
 
 class Freezing(RuleBasedStateMachine):
@@ -278,14 +322,14 @@ class Freezing(RuleBasedStateMachine):
     @rule(a=NAMES, old=NAMES, b=NAMES, new=NAMES, flags=hs.sampled_from([0, 0, 1, 2]))
     def rename(self, a: bytes, old: bytes, b: bytes, new: bytes, flags: int) -> None:
         with contextlib.suppress(OSError):
-            self.tree.rename(self.directory(a), old, self.directory(b), new, flags)
+            self.tree.rename(self.directory(a), old, self.directory(b), new, flags, ME)
 
     @rule(name=NAMES, b=NAMES, new=NAMES)
     def link(self, name: bytes, b: bytes, new: bytes) -> None:
         inode = self.inode(name)
         if inode is not None and inode.is_file:
             with contextlib.suppress(OSError):
-                self.tree.link(inode, self.directory(b), new)
+                self.tree.link(inode, self.directory(b), new, ME)
 
     @rule()
     def kernel_forgets(self) -> None:
@@ -357,11 +401,11 @@ class Freezing(RuleBasedStateMachine):
 
 
 def test_what_is_frozen_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trees.calls, "Caller", Anybody)
+    monkeypatch.setattr(trees, "Caller", Anybody)
     hunt(40, 40, Freezing)  # type: ignore[arg-type]
 
 
 @pytest.mark.long
 def test_what_is_frozen_stays_as_it_was_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trees.calls, "Caller", Anybody)
+    monkeypatch.setattr(trees, "Caller", Anybody)
     hunt(2000, 100, Freezing)  # type: ignore[arg-type]

@@ -1,9 +1,4 @@
-"""System calls that Python does not have: acting as another user, renaming with flags,
-leaving a mount behind.
-
-Users, groups and capabilities belong to a thread in Linux. All that changes the tree is done on the
-one thread that serves the kernel, so these functions are for that thread alone.
-"""
+"""System calls that Python does not have: renaming with flags, leaving a mount behind."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import resource
-import struct
 from collections.abc import Callable, Iterator
 
 from cloudfs.source.mounts import mounts
@@ -21,16 +15,11 @@ _renameat2 = _libc.renameat2
 _renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 )  # fmt: skip
-_setfsuid, _setfsgid = _libc.setfsuid, _libc.setfsgid
 _mount = _libc.mount
 _mount.argtypes = (
     ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p,
 )  # fmt: skip
 
-_PR_SET_SECUREBITS = 28
-_SECBIT_NO_SETUID_FIXUP = 1 << 2
-_CAPABILITY_VERSION_3 = 0x2008_0522
-_CAP_FSETID = 1 << 4
 _CLONE_NEWNS = 0x0002_0000
 _CLONE_FS = 0x0200
 _MNT_DETACH = 2
@@ -45,42 +34,6 @@ def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None
     """**renameat2**\\(2). Raises OSError."""
     if _renameat2(old_fd, old, new_fd, new, flags):
         raise _error()
-
-
-class Caller:
-    """Who the serving thread is to the file system beneath.
-
-    Whoever may do what is judged by the kernel before it asks (``default_permissions``). What is
-    left to do is to own what is made as the caller would, and to lose setuid, setgid and
-    capabilities of a file where the caller's write would: that is CAP_FSETID, or the lack of it.
-    """
-
-    def __init__(self) -> None:
-        self._can = os.geteuid() == 0
-        self._owner = (os.geteuid(), os.getegid())
-        self._keeps = True
-        if self._can:
-            _libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
-            self._header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-            self._full = ctypes.create_string_buffer(24)
-            _libc.capget(self._header, self._full)
-            lowered = bytearray(self._full.raw)
-            lowered[0] &= ~_CAP_FSETID
-            self._lowered = bytes(lowered)
-
-    def own_as(self, uid: int, gid: int) -> None:
-        """What is made from now on belongs to this user and group."""
-        if self._owner != (uid, gid) and self._can:
-            _setfsgid(gid)
-            _setfsuid(uid)
-            self._owner = (uid, gid)
-
-    def keep_privileges(self, keep: bool) -> None:
-        """Whether files that are written to from now on keep setuid and setgid."""
-        if self._keeps != keep and self._can:
-            if _libc.capset(self._header, self._full.raw if keep else self._lowered):
-                raise _error()
-            self._keeps = keep
 
 
 class MountNamespace:

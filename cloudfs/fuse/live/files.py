@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 
+from cloudfs.fuse.live.caller import By
 from cloudfs.fuse.live.inodes import Inode, Inodes
 
 _AT_ONCE = 256
@@ -24,14 +25,14 @@ _AT_ONCE = 256
 class OpenFile:
     """An open file of the live tree."""
 
-    __slots__ = ("fd", "flags", "inode", "keeps_privileges", "nowait", "uses")
+    __slots__ = ("by", "fd", "flags", "inode", "nowait", "uses")
 
-    def __init__(self, inode: Inode, fd: int, flags: int, *, keeps_privileges: bool) -> None:
+    def __init__(self, inode: Inode, fd: int, flags: int, by: By) -> None:
         """``flags``: what it can be opened with again."""
         self.inode = inode
         self.fd = fd  # -1: it has none just now
         self.flags = flags
-        self.keeps_privileges = keeps_privileges
+        self.by = by  # who opened it; what is written is written as for this one
         self.nowait = True  # whether the file system can say that a read would have to wait
         self.uses = 0
 
@@ -45,9 +46,9 @@ class OpenFiles:
         self._limit = limit
         self._held: dict[OpenFile, None] = {}  # those that have descriptors, the longest first
 
-    def add(self, inode: Inode, fd: int, flags: int, *, keeps_privileges: bool) -> OpenFile:
+    def add(self, inode: Inode, fd: int, flags: int, by: By) -> OpenFile:
         """An item was opened with these flags."""
-        opened = OpenFile(inode, fd, flags, keeps_privileges=keeps_privileges)
+        opened = OpenFile(inode, fd, flags, by)
         inode.opens += 1
         self._held[opened] = None
         return opened

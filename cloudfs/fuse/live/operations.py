@@ -22,6 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from cloudfs.fuse.live.answers import answering, attributes_lasting, fill, statvfs_of
 from cloudfs.fuse.live.backups import Backups
+from cloudfs.fuse.live.caller import By
 from cloudfs.fuse.live.files import OpenFile
 from cloudfs.fuse.live.freeze import Freeze, Full
 from cloudfs.fuse.live.frozen import NUMBER_BITS
@@ -29,7 +30,7 @@ from cloudfs.fuse.live.frozen_side import FrozenSide
 from cloudfs.fuse.live.inodes import ROOT, Inode
 from cloudfs.fuse.live.listing import LiveNames
 from cloudfs.fuse.live.sides import Opened, Side
-from cloudfs.fuse.live.tree import By, LiveTree, Wanted
+from cloudfs.fuse.live.tree import LiveTree, Wanted
 from cloudfs.fuse.turns import Turns
 from cloudfs.source.live.protocol import FROZEN_PREFIX
 from cloudfs.source.own import MADE_UP, SNAPSHOTS
@@ -252,7 +253,7 @@ class LiveMount(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Give an item one more name."""
         item, parent = self._live(inode), self._live(new_parent_inode)
-        return self._known(item, self._tree.link(item, parent, new_name))
+        return self._known(item, self._tree.link(item, parent, new_name, _by(ctx)))
 
     @answering
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -276,7 +277,7 @@ class LiveMount(pyfuse3.Operations):
     ) -> None:
         """Rename, exchange, or rename where nothing is."""
         old, new = self._live(parent_inode_old), self._live(parent_inode_new)
-        self._tree.rename(old, name_old, new, name_new, flags)
+        self._tree.rename(old, name_old, new, name_new, flags, _by(ctx))
 
     # -- directories ---------------------------------------------------------------------------
 

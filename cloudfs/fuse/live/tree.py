@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat as st
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import pyfuse3
 
 from cloudfs.fuse.live import calls
+from cloudfs.fuse.live.caller import By, Caller
 from cloudfs.fuse.live.files import OpenFile, OpenFiles
 from cloudfs.fuse.live.freeze import AT_ONCE, CHUNK, Freeze
 from cloudfs.fuse.live.inodes import Inode, Inodes
@@ -31,29 +28,6 @@ _NOT_PASSED_ON = os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_DIR
 RENAME_EXCHANGE = 2
 
 ACCESS_LIST = b"system.posix_acl_access"
-
-
-class By(NamedTuple):
-    """Who asks."""
-
-    uid: int
-    gid: int
-    pid: int = 0
-
-    @property
-    def keeps_privileges(self) -> bool:
-        """Whether what this one writes to stays setuid and setgid (CAP_FSETID)."""
-        return self.uid == 0
-
-    def keeps_setgid(self, status: os.stat_result) -> bool:
-        """Whether what this one gives another owner or ACL stays setgid: only where it is in the
-        group. (Of that the kernel tells nothing.)"""
-        if self.uid == 0 or not status.st_mode & st.S_ISGID or self.gid == status.st_gid:
-            return True
-        try:
-            return status.st_gid in pyfuse3.get_sup_groups(self.pid)
-        except (OSError, RuntimeError):
-            return False  # it is gone already
 
 
 @dataclass(slots=True)
@@ -77,7 +51,7 @@ class LiveTree:
         self.files = files
         self.tracker = tracker
         self.freeze: Freeze | None = None
-        self._caller = calls.Caller()
+        self._caller = Caller()
 
     # -- before a change -----------------------------------------------------------------------
 
@@ -113,6 +87,10 @@ class LiveTree:
         if self.freeze is not None:
             self.freeze.keep_row(inode)
 
+    def _making(self, by: By) -> Caller:
+        """Something is made, whose setgid the kernel has judged before it asked."""
+        return self._caller.acting(by, keeps=True)
+
     def _made(self, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """What was made just now under a name: none of its data is on record."""
         inode, status = self.inodes.look_up(parent, name)
@@ -127,8 +105,8 @@ class LiveTree:
     def mkdir(self, parent: Inode, name: bytes, mode: int, by: By) -> tuple[Inode, os.stat_result]:
         """Make a directory."""
         self._name(parent, name, None)
-        self._caller.own_as(by.uid, by.gid)
-        os.mkdir(name, mode, dir_fd=parent.fd)
+        with self._making(by):
+            os.mkdir(name, mode, dir_fd=parent.fd)
         return self._made(parent, name)
 
     def mknod(
@@ -136,8 +114,8 @@ class LiveTree:
     ) -> tuple[Inode, os.stat_result]:
         """Make a file, fifo, socket or device."""
         self._name(parent, name, None)
-        self._caller.own_as(by.uid, by.gid)
-        os.mknod(name, mode, rdev, dir_fd=parent.fd)
+        with self._making(by):
+            os.mknod(name, mode, rdev, dir_fd=parent.fd)
         return self._made(parent, name)
 
     def symlink(
@@ -145,8 +123,8 @@ class LiveTree:
     ) -> tuple[Inode, os.stat_result]:
         """Make a symlink."""
         self._name(parent, name, None)
-        self._caller.own_as(by.uid, by.gid)
-        os.symlink(target, name, dir_fd=parent.fd)
+        with self._making(by):
+            os.symlink(target, name, dir_fd=parent.fd)
         return self._made(parent, name)
 
     def create(
@@ -154,21 +132,22 @@ class LiveTree:
     ) -> tuple[OpenFile, os.stat_result]:
         """Make a file and open it. The kernel has found that there is none of that name."""
         self._name(parent, name, None)
-        self._caller.own_as(by.uid, by.gid)
         passed = _passed_on(flags)
-        fd = os.open(name, passed | os.O_CREAT | os.O_EXCL, mode, dir_fd=parent.fd)
+        with self._making(by):
+            fd = os.open(name, passed | os.O_CREAT | os.O_EXCL, mode, dir_fd=parent.fd)
         try:
             inode, status = self._made(parent, name)
         except BaseException:
             os.close(fd)
             raise
-        return self._opened(inode, fd, passed, by), status
+        return self.files.add(inode, fd, passed, by), status
 
-    def link(self, inode: Inode, parent: Inode, name: bytes) -> os.stat_result:
+    def link(self, inode: Inode, parent: Inode, name: bytes, by: By) -> os.stat_result:
         """Give an item one more name."""
         self._name(parent, name, None)
         self._item(inode)
-        os.link(inode.proc, name, dst_dir_fd=parent.fd, follow_symlinks=True)
+        with self._caller.acting(by):
+            os.link(inode.proc, name, dst_dir_fd=parent.fd, follow_symlinks=True)
         return os.fstat(inode.fd)
 
     def unlink(self, parent: Inode, name: bytes) -> None:
@@ -212,7 +191,7 @@ class LiveTree:
             self.inodes.unuse(child)
 
     def rename(
-        self, old_parent: Inode, old: bytes, new_parent: Inode, new: bytes, flags: int
+        self, old_parent: Inode, old: bytes, new_parent: Inode, new: bytes, flags: int, by: By
     ) -> None:
         """Rename, with the flags of **renameat2**\\(2)."""
         with (
@@ -228,7 +207,8 @@ class LiveTree:
                         self.freeze.moved_directory()
             if replaced is not None and not flags & RENAME_EXCHANGE:
                 self._lose(replaced)
-            calls.rename(old_parent.fd, old, new_parent.fd, new, flags)
+            with self._caller.acting(by):
+                calls.rename(old_parent.fd, old, new_parent.fd, new, flags)
 
     # -- items ---------------------------------------------------------------------------------
 
@@ -236,13 +216,13 @@ class LiveTree:
         """Set what is wanted; ``fd`` is open on a file that is to be cut or grown (-1: none is)."""
         if wanted.size is not None:
             self._cut(inode, wanted.size)
-            self._caller.keep_privileges(by.keeps_privileges)
-            self._resize(inode, fd, wanted.size)
+            with self._caller.acting(by):
+                self._resize(inode, fd, wanted.size)
         others = (wanted.mode, wanted.uid, wanted.gid, wanted.atime_ns, wanted.mtime_ns)
         if any(value is not None for value in others):
             self._item(inode)
-            self._act_as(by, inode)
-            _set(inode, wanted)
+            with self._acting(by, inode):
+                _set(inode, wanted)
         return os.fstat(inode.fd)
 
     def _cut(self, inode: Inode, size: int) -> None:
@@ -253,12 +233,9 @@ class LiveTree:
         if self.freeze is not None:
             self.freeze.keep_row(inode)
 
-    def _act_as(self, by: By, inode: Inode) -> None:
+    def _acting(self, by: By, inode: Inode) -> Caller:
         """What is set now goes with setgid where it would for this one."""
-        keeps = by.keeps_setgid(os.fstat(inode.fd))
-        if not keeps:
-            self._caller.own_as(by.uid, by.gid)
-        self._caller.keep_privileges(keeps)
+        return self._caller.acting(by, keeps=by.keeps_setgid(os.fstat(inode.fd)))
 
     @staticmethod
     def _resize(inode: Inode, fd: int, size: int) -> None:
@@ -271,9 +248,8 @@ class LiveTree:
         """Set an extended attribute."""
         self._item(inode)
         inode.has_no_capability = False
-        if name == ACCESS_LIST:
-            self._act_as(by, inode)
-        os.setxattr(inode.proc, name, value)
+        with self._acting(by, inode) if name == ACCESS_LIST else self._caller.acting(by):
+            os.setxattr(inode.proc, name, value)
 
     def remove_xattr(self, inode: Inode, name: bytes) -> None:
         """Remove one."""
@@ -288,11 +264,9 @@ class LiveTree:
         cut = flags & os.O_TRUNC
         if cut:
             self._cut(inode, 0)
-            self._caller.keep_privileges(by.keeps_privileges)
-        return self._opened(inode, os.open(inode.proc, passed | cut), passed, by)
-
-    def _opened(self, inode: Inode, fd: int, flags: int, by: By) -> OpenFile:
-        return self.files.add(inode, fd, flags, keeps_privileges=by.keeps_privileges)
+        with self._caller.acting(by):
+            fd = os.open(inode.proc, passed | cut)
+        return self.files.add(inode, fd, passed, by)
 
     def write(self, opened: OpenFile, offset: int, data: bytes) -> int:
         """Write; returns how many bytes. :meth:`keep` comes first."""
@@ -303,8 +277,8 @@ class LiveTree:
             tracker.data(inode, offset, end, os.fstat(fd).st_size)
         if self.freeze is not None:
             self.freeze.keep_row(self.inodes.opened(inode))
-        self._caller.keep_privileges(opened.keeps_privileges)
-        return os.pwrite(fd, data, offset)
+        with self._caller.acting(opened.by):
+            return os.pwrite(fd, data, offset)
 
 
 def _is_last_name(inode: Inode) -> bool:
