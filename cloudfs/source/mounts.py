@@ -20,6 +20,7 @@ class Mount(NamedTuple):
     place: bytes
     kind: str
     of: bytes  # the device or whatever else was mounted
+    options: frozenset[str]  # of the mount, not of its file system
 
 
 def mounts() -> list[Mount]:
@@ -27,12 +28,13 @@ def mounts() -> list[Mount]:
     found = []
     for line in _LIST.read_bytes().splitlines():
         fields, _, rest = line.partition(b" - ")
-        number, _, device, top, place = fields.split(b" ")[:5]
+        number, _, device, top, place, options = fields.split(b" ")[:6]
         kind, of = rest.split(b" ")[:2]
         major, _, minor = device.partition(b":")
         made = os.makedev(int(major), int(minor))
+        words = frozenset(options.decode().split(","))
         found.append(
-            Mount(int(number), made, _plain(top), _plain(place), kind.decode(), _plain(of))
+            Mount(int(number), made, _plain(top), _plain(place), kind.decode(), _plain(of), words)
         )
     return found
 

@@ -25,6 +25,7 @@ from cloudfs.fuse.daemon import Daemon
 from cloudfs.fuse.live.tracking import MOST_HELD
 from cloudfs.source.live import session
 from cloudfs.source.live.client import NotMounted
+from cloudfs.source.mounts import mounts as all_mounts
 from cloudfs.source.scan import Filters
 from tests.engine import btrfs, loops
 from tests.engine.living import Living, living
@@ -233,6 +234,53 @@ def test_nobody_is_refused_who_removes_much(
         meanwhile.when_frozen = lambda: None
         rig.sync(force=True)
         rig.check()
+
+
+# -- what is forbidden beneath ---------------------------------------------------------------------
+
+
+def forbidden_on(rig: Living) -> set[str]:
+    """What may not be done on a live mount, by the options that say so."""
+    rig.unmount()
+    rig.mount()
+    return {word for word in options_of(rig.tree) if word.startswith("no")}
+
+
+def options_of(place: Path) -> frozenset[str]:
+    """Those of the mount that is on top there."""
+    return [m.options for m in all_mounts() if m.place == os.fsencode(place)][-1]
+
+
+def test_what_is_forbidden_beneath_is_forbidden(base: Path) -> None:
+    def remount(place: Path, options: str) -> None:
+        btrfs.run("mount", "-o", f"remount,bind,{options}", place)
+
+    with loops.file_system(base, "ext4", 24 * MIB) as place, living(base, sources=[place]) as rig:
+        rig.unmount()
+        program = rig.tree / "program"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        remount(place, "suid,dev,exec")
+        assert forbidden_on(rig) == set()
+        subprocess.run([program], check=True)
+        rig.unmount()
+        remount(place, "nosuid,nodev,noexec")
+        assert forbidden_on(rig) == {"nosuid", "nodev", "noexec"}
+        with pytest.raises(PermissionError):
+            subprocess.run([program], check=True)
+        rig.unmount()
+        remount(place, "suid,dev,noexec")
+        assert forbidden_on(rig) == {"noexec"}
+        rig.unmount()
+        remount(place, "suid,dev,exec")
+        within = rig.tree / "within"
+        within.mkdir()
+        btrfs.run("mount", "-t", "tmpfs", "-o", "nosuid,nodev,noexec", "none", within)
+        try:
+            assert forbidden_on(rig) == {"nosuid", "nodev"}
+            rig.unmount()
+        finally:
+            btrfs.run("umount", within)
 
 
 # -- disks -----------------------------------------------------------------------------------------

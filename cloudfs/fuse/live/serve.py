@@ -48,6 +48,9 @@ from cloudfs.source.own import LIVE_SUBTYPE, is_view
 _SYSTEM = ("/proc", "/sys", "/run", "/etc", "/usr", "/lib")
 """Below these lies what programs and libraries look for, on whatever mounts."""
 
+_USES = {"suid": os.ST_NOSUID, "dev": os.ST_NODEV, "exec": os.ST_NOEXEC}
+"""What may be done on a mount, by the options that allow it, and the flags that forbid it."""
+
 SPARE_FILES = 1024
 """Descriptors that are left for all else when many items are known and many files open: threads,
 tables, backups that are looked at."""
@@ -89,7 +92,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     )
     place = _beside(directory) if covered else job.mountpoint
     is_useless = _uselessness(job)  # before there is a mount that looking there could lead to
-    init(mount, place, _options(job))
+    init(mount, place, _options(job, source_fd))
     device = places.device_of(place) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
@@ -112,17 +115,27 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         os.close(lock)
 
 
-def _options(job: LiveJob) -> set[str]:
+def _options(job: LiveJob, source_fd: int) -> set[str]:
+    forbidden = _forbidden(job, source_fd)
     source = job.source.encode("ascii", "replace").decode().replace("\\", "\\\\")
     source = source.replace(",", "\\,")
     return {
         "default_permissions",
         "allow_other",
-        "dev",
-        "suid",
+        *((f"no{use}" if use in forbidden else use) for use in _USES),
         f"fsname={source}",
         f"subtype={LIVE_SUBTYPE}",
     }
+
+
+def _forbidden(job: LiveJob, source_fd: int) -> set[str]:
+    """What the tree must not be used for: what the mount that it lies on forbids, and of programs
+    that run as their owner and of devices also what one within it forbids."""
+    flags = os.fstatvfs(source_fd).f_flag
+    found = {use for use, flag in _USES.items() if flags & flag}
+    for mount in within(os.fsencode(job.source), mounts()):
+        found.update(use for use in ("suid", "dev") if f"no{use}" in mount.options)
+    return found
 
 
 def _terms(job: LiveJob, inodes: Inodes, directory_fd: int) -> Terms:
