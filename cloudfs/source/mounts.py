@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_LIST = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
@@ -20,22 +19,22 @@ class Mount(NamedTuple):
     place: bytes
     kind: str
     of: bytes  # the device or whatever else was mounted
-    options: frozenset[str]  # of the mount, not of its file system
+    options: frozenset[str]  # of the mount
+    given: bytes  # options of its file system, as that writes them
 
 
-def mounts() -> list[Mount]:
-    """All that this process sees, oldest first."""
+def mounts(pid: str = "self") -> list[Mount]:
+    """All that this process sees, or another one, oldest first. Raises OSError."""
     found = []
-    for line in _LIST.read_bytes().splitlines():
+    for line in Path(f"/proc/{pid}/mountinfo").read_bytes().splitlines():
         fields, _, rest = line.partition(b" - ")
         number, _, device, top, place, options = fields.split(b" ")[:6]
-        kind, of = rest.split(b" ")[:2]
+        kind, of, given = rest.split(b" ")[:3]
         major, _, minor = device.partition(b":")
         made = os.makedev(int(major), int(minor))
         words = frozenset(options.decode().split(","))
-        found.append(
-            Mount(int(number), made, _plain(top), _plain(place), kind.decode(), _plain(of), words)
-        )
+        what = (kind.decode(), _plain(of), words, _plain(given))
+        found.append(Mount(int(number), made, _plain(top), _plain(place), *what))
     return found
 
 

@@ -7,6 +7,8 @@
    ring for them shows "/[aio]" among its mappings; then all files that it has open for writing are
    taken for such.
 3. By the kernel itself, into the file behind a loop device.
+4. In one of these ways through an overlay of several file systems, as containers do it: then the
+   file is another one to its user, and really lies in the upper directory of the overlay.
 
 What other machines, or processes that this one may not see, do with a file is not seen here.
 """
@@ -20,10 +22,13 @@ import stat as st
 from collections.abc import Iterator
 from pathlib import Path
 
+from cloudfs.source.mounts import Mount, mounts
+
 _SHARED = re.compile(
     rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)", re.M
 )
 _RING = b"/[aio]"
+_UPPER = re.compile(rb",upperdir=(/[^,]*)")
 _LOOPS = "/sys/block"
 
 Inode = tuple[int, int]
@@ -33,8 +38,9 @@ Inode = tuple[int, int]
 def mapped() -> set[Inode]:
     """The files of 1, of all file systems; of processes that this one may look into."""
     found: set[Inode] = set()
+    overlays = _Overlays()
     for pid, maps in _all_maps():
-        found.update(_shared(pid, maps))
+        found.update(_shared(pid, maps, overlays))
     return found
 
 
@@ -62,13 +68,14 @@ def settle_mapped(device: int) -> None:
 
 
 def being_written() -> set[Inode]:
-    """The files of 1 to 3."""
-    found = set(_behind_loops())
+    """The files of 1 to 4."""
+    overlays = _Overlays()
+    found = set(_behind_loops(overlays))
     for pid, maps in _all_maps():
-        found.update(_shared(pid, maps))
+        found.update(_shared(pid, maps, overlays))
         if _RING in maps:
             with contextlib.suppress(OSError):
-                found.update(_open_for_writing(f"/proc/{pid}/fd"))
+                found.update(_open_for_writing(pid, overlays))
     return found
 
 
@@ -79,33 +86,89 @@ def _all_maps() -> Iterator[tuple[str, bytes]]:
                 yield pid, Path(f"/proc/{pid}/maps").read_bytes()
 
 
-def _shared(pid: str, maps: bytes) -> Iterator[Inode]:
+def _shared(pid: str, maps: bytes, overlays: _Overlays) -> Iterator[Inode]:
     for span, major, minor, inode in _SHARED.findall(maps):
+        link = f"/proc/{pid}/map_files/{span.decode()}"
         try:
-            yield _inode(os.stat(f"/proc/{pid}/map_files/{span.decode()}"))
+            status = os.stat(link)
         except OSError:  # unmapped since, or not allowed; btrfs shows another device than this
             yield os.makedev(int(major, 16), int(minor, 16)), int(inode)
+        else:
+            yield from overlays.really(pid, link, status)
 
 
-def _open_for_writing(directory: str) -> Iterator[Inode]:
-    with os.scandir(directory) as entries:
+def _open_for_writing(pid: str, overlays: _Overlays) -> Iterator[Inode]:
+    with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_mode & st.S_IWUSR:
                     status = entry.stat()
                     if st.S_ISREG(status.st_mode):
-                        yield _inode(status)
+                        yield from overlays.really(pid, entry.path, status)
 
 
-def _behind_loops() -> Iterator[Inode]:
+def _behind_loops(overlays: _Overlays) -> Iterator[Inode]:
     for name in os.listdir(_LOOPS) if os.path.isdir(_LOOPS) else ():
         if name.startswith("loop"):
             with (
                 contextlib.suppress(OSError),
                 open(f"{_LOOPS}/{name}/loop/backing_file", "rb") as f,
             ):
-                yield _inode(os.stat(f.read().rstrip(b"\n")))
+                path = f.read().rstrip(b"\n")
+                yield from overlays.beneath("self", path)
+                status = os.stat(path)
+                yield status.st_dev, status.st_ino
 
 
-def _inode(status: os.stat_result) -> Inode:
-    return status.st_dev, status.st_ino
+class _Overlays:
+    """Finds what files of overlays really are. It is asked once, and remembers what is mounted."""
+
+    def __init__(self) -> None:
+        self._mounts: dict[str, list[Mount]] = {}  # by mount namespace
+
+    def really(self, pid: str, link: str, status: os.stat_result) -> set[Inode]:
+        """The inodes of what a link in */proc* of a process leads to: its own, and that in the
+        upper directory."""
+        found = {(status.st_dev, status.st_ino)}
+        if os.major(status.st_dev) == 0:  # a file system without a device
+            with contextlib.suppress(OSError):  # the process ended, or closed it
+                found |= self.beneath(pid, os.fsencode(os.readlink(link)))
+        return found
+
+    def beneath(self, pid: str, path: bytes) -> set[Inode]:
+        """That in the upper directory of what a process knows by a path. Raises OSError."""
+        on = [mount for mount in self._seen_by(pid) if path.startswith(_within(mount))]
+        if not on:
+            return set()
+        # Not by the device: files of an overlay have others than it has.
+        mount = max(on, key=lambda mount: len(mount.place))
+        return _in_upper(mount, path) if mount.kind == "overlay" else set()
+
+    def _seen_by(self, pid: str) -> list[Mount]:
+        """The mounts of a process, the newest first."""
+        namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+        if namespace not in self._mounts:
+            self._mounts[namespace] = list(reversed(mounts(pid)))
+        return self._mounts[namespace]
+
+
+def _within(mount: Mount) -> bytes:
+    """What the paths of a mount's files begin with."""
+    return mount.place.rstrip(b"/") + b"/"
+
+
+def _in_upper(mount: Mount, path: bytes) -> set[Inode]:
+    """The inode of a file in the upper directory of an overlay, by its path where that is mounted.
+
+    (Where that directory was named by a path of another namespace, or a relative one, there is
+    none. Then the file is known as changed when it is closed.)
+    """
+    upper = _UPPER.search(mount.given)
+    if upper is None:
+        return set()
+    try:
+        below = path.removeprefix(_within(mount))
+        status = os.stat(upper[1] + mount.top.rstrip(b"/") + b"/" + below)
+    except OSError:
+        return set()
+    return {(status.st_dev, status.st_ino)}

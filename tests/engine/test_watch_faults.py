@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -10,6 +11,7 @@ import platform
 import shutil
 import signal
 import struct
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -192,6 +194,21 @@ def test_another_directory_in_the_place_of_the_source(watched: Watched) -> None:
 # -- what is heard all the same ---------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def overlaid(watched: Watched, tmp_path: Path) -> Iterator[Path]:
+    """A directory of the tree as the upper one of an overlay, as containers have it."""
+    lower, work, place = tmp_path / "lower", watched.tree.with_name("work"), tmp_path / "place"
+    upper = watched.tree / "upper"
+    for directory in (lower, upper, work, place):
+        directory.mkdir(exist_ok=True)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    run("mount", "-t", "overlay", "-o", options, "overlay", place)
+    try:
+        yield place
+    finally:
+        run("umount", "-l", place)
+
+
 def test_changes_through_other_mounts(watched: Watched, tmp_path: Path) -> None:
     """A bind mount, another mount namespace, an overlay above the tree."""
     (watched.tree / "upper").mkdir()
@@ -209,19 +226,54 @@ def test_changes_through_other_mounts(watched: Watched, tmp_path: Path) -> None:
     script = 'mount --bind "$0" "$1" && echo text > "$1"/namespace && mkdir "$1"/moved/in'
     run("unshare", "-m", "sh", "-c", script, watched.tree, place)
     heard(watched)
-    lower, work = tmp_path / "lower", watched.tree.with_name("work")
-    lower.mkdir()
-    work.mkdir()
-    upper = watched.tree / "upper"
-    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    run("mount", "-t", "overlay", "-o", options, "overlay", place)
-    try:
+    with overlaid(watched, tmp_path) as place:
         (place / "made").write_text("through an overlay")
         with (place / "below").open("a") as file:
             file.write(" and more")
-    finally:
-        run("umount", place)
     heard(watched)
+
+
+def test_a_mapping_through_an_overlay(watched: Watched, tmp_path: Path) -> None:
+    """The one who has mapped the file knows it by another inode."""
+    (watched.tree / "upper" / "in").mkdir(parents=True)
+    (watched.tree / "upper" / "in" / "mapped").write_bytes(b"x" * 10_000)
+    settle(watched)
+    with overlaid(watched, tmp_path) as place:
+        with (place / "in" / "mapped").open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+        for turn in b"abc":
+            mapped[5000] = turn
+            heard(watched)
+        mapped[5000] = 0
+        mapped.close()
+        heard(watched)
+
+
+def test_asynchronous_writes_and_loops_through_an_overlay(watched: Watched, tmp_path: Path) -> None:
+    (watched.tree / "upper").mkdir()
+    for name in ("database", "image"):
+        (watched.tree / "upper" / name).write_bytes(b"x" * (1 << 20))
+    settle(watched)
+    with overlaid(watched, tmp_path) as place:
+        with (place / "database").open("r+b") as file:
+            for turn in range(3):
+                write_asynchronously(file.fileno(), b"turn %d" % turn, 4000)
+                time.sleep(0.05)
+                heard(watched)
+        setup = subprocess.run(
+            ["losetup", "-f", "--show", place / "image"], check=True, capture_output=True, text=True
+        )
+        device = setup.stdout.strip()
+        try:
+            fd = os.open(device, os.O_WRONLY)
+            for turn in range(3):
+                os.pwrite(fd, b"turn %d" % turn, 8192)
+                os.fsync(fd)
+                time.sleep(0.05)
+                heard(watched)
+            os.close(fd)
+        finally:
+            run("losetup", "-d", device)
 
 
 def test_a_mapping_that_stays(watched: Watched) -> None:
