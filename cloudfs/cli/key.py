@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -82,7 +80,7 @@ def add(
     with app.repository(place) as repository:
         secret = _new_secret(place.url, new_passphrase_file, new_key_file)
         if label is None:
-            label = f"{getpass.getuser()}@{socket.gethostname()}"
+            label = secrets.own_label()
         info = repository.add_key(secret, label)
     app.output.say(f"Key {info.id} ({info.kind}, {info.label}) now opens {place.url} too.")
 

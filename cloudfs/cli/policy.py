@@ -17,6 +17,7 @@ from cloudfs.cli.commands import check_commands
 from cloudfs.cli.letting_go import check_not_mounted, let_go, let_go_of_removed
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.policies import bad_pattern
+from cloudfs.cli.secrets import own_label
 from cloudfs.core.errors import CloudfsError, NoRepository, SourceError, UsageError
 from cloudfs.core.policy import KEYS, SOURCES, Policy, parse_policy, read_value
 
@@ -250,16 +251,14 @@ def open_or_create(app: App, place: Place, new: Policy) -> Any:
 def _create_repository(
     app: App, place: Place, store: OpenedStore, local: LocalState, new: Policy
 ) -> Repository:
-    import getpass
-    import socket
-
     from cloudfs.repo.repository import Repository
     from cloudfs.store.probe import probe
 
     secret = app.new_secret(place.url)
     found = probe(store, f"probe/{os.urandom(16).hex()}", single_writer=new.single_writer)
-    label = f"{getpass.getuser()}@{socket.gethostname()}"
-    repository = Repository.create(store, secret, local, label=label, conditional=found.conditional)
+    repository = Repository.create(
+        store, secret, local, label=own_label(), conditional=found.conditional
+    )
     app.output.say(f"New repository at {place.url}.")
     return repository
 

@@ -6,6 +6,7 @@ nothing is asked. A passphrase is never taken from an argument, which everybody 
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def from_files(options: SecretOptions) -> Secret | None:
     if options.passphrase_file:
         return Secret.passphrase(_first_line(options.passphrase_file))
     return None
+
+
+def own_label() -> str:
+    """What a key is called if nothing else is said: who made it, and where."""
+    import getpass
+    import socket
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container nobody may be known by the number
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def ask(question: str, *, twice: bool) -> Secret:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import pwd  # before a test becomes a user who may not read the interpreter's files
 import stat
@@ -300,3 +302,20 @@ def test_a_configuration_directory_that_cannot_be(machine: Machine, tree: Path, 
     machine.variables["CLOUDFS_CONFIG_DIR"] = str(machine.home / "file" / "config")
     sentence = machine.fails(1, "policy", "create", "x", "--source", tree, "--repo", repo)
     assert "not a directory" in sentence
+
+
+def without_a_name() -> None:
+    """Let this process be of a user that no list knows, as in a container under any number."""
+    assert ctypes.CDLL(None).unshare(0x1000_0000) == 0, "this test needs user namespaces"
+    Path("/proc/self/uid_map").write_text("54321 0 1")
+
+
+def test_a_user_without_a_name(machine: Machine, tree: Path, repo: str) -> None:
+    machine.variables |= dict.fromkeys(("LOGNAME", "USER", "LNAME", "USERNAME"), "")
+    run = functools.partial(machine.run, preexec_fn=without_a_name)
+    run("policy", "create", "home", "--source", tree, "--repo", repo)
+    new = machine.home / "new"
+    new.write_text("battery staple\n")
+    run("key", "add", "home", "--new-passphrase-file", new)
+    run("sync", "home")
+    assert run("key", "list", "home").out.count("54321@") == 2
