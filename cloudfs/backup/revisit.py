@@ -105,7 +105,8 @@ class Revisit(Walk):
                 self._in_doubt.update(known if lin is None else ())
             # What is not on record is within something new, or left out of the backup.
             if lin is not None and not self._scanner.leaves_out(change.path):
-                found[lin] = change
+                # One that was moved meanwhile may be told of at both places.
+                found.setdefault(lin, change).names.update(change.names)
         return found
 
     def _add_names(

@@ -21,6 +21,7 @@ import pytest
 
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
+from cloudfs.db.watched import Place
 from cloudfs.source import handles
 from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
@@ -428,6 +429,36 @@ def test_a_directory_that_moves_while_a_sync_looks_for_it(
         assert watched.sync().snapshot is not None
     if back:
         away.rename(directory)
+    heard(watched)
+
+
+@pytest.mark.parametrize("often", [1, 2])
+def test_directories_that_change_places_while_they_are_found(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, often: int
+) -> None:
+    """What changed in each is told of each, though both were found at one place."""
+    one, two = watched.tree / "one", watched.tree / "two"
+    for directory in (one, two):
+        directory.mkdir()
+    settle(watched)
+    (one / "in one").write_text("one")
+    (two / "in two").write_text("two")
+    real = Resolver.directory
+    found: list[set[bytes]] = []
+
+    def directory(self: Resolver, place: Place, names: set[bytes]) -> None:
+        real(self, place, names)
+        if names & {b"in one", b"in two"}:
+            found.append(names)
+            if len(found) <= often:
+                one.rename(watched.tree / "third")
+                two.rename(one)
+                (watched.tree / "third").rename(two)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resolver, "directory", directory)
+        watched.sync()
+    assert len(found) == 2
     heard(watched)
 
 

@@ -29,7 +29,7 @@ class Resolver:
         """``parts`` are the places that make the tree. Raises SourceError."""
         self._parts = parts
         self._fds: list[int] = []
-        self._dirs: dict[bytes, DirChange] = {}
+        self._dirs: dict[tuple[bytes, int], DirChange] = {}
         self._inodes: set[int] = set()
         self._elsewhere: set[int] = set()
         try:
@@ -89,7 +89,8 @@ class Resolver:
             self._change(above, found.inode_above).names.add(own)
 
     def _change(self, path: bytes, inode: int) -> DirChange:
-        return self._dirs.setdefault(path, DirChange(path, None, inode=inode))
+        # One may have come to where another was a moment ago.
+        return self._dirs.setdefault((path, inode), DirChange(path, None, inode=inode))
 
     def item(self, place: Place) -> None:
         """A file of which no name is known changed. Raises SourceError."""
