@@ -24,10 +24,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar, TypeVarTuple
 
 import pyfuse3
 import trio
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 POLL_MS = 1
 LOOKS = 60
@@ -95,6 +99,11 @@ class Turns(trio.abc.Instrument):
             yield
         finally:
             self._away -= 1
+
+    async def in_thread(self, question: Callable[[*Ts], T], *args: *Ts, abandon: bool = False) -> T:
+        """Ask on another thread. ``abandon``: who is cancelled does not wait for the answer."""
+        with self.away():
+            return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=abandon)
 
     def task_exited(self, task: trio.lowlevel.Task) -> None:
         """See rule 3; trio calls this."""

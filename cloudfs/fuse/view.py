@@ -147,8 +147,7 @@ class View(pyfuse3.Operations):
             return await self._in_thread(question, *args)
 
     async def _in_thread(self, question: Callable[[*Ts], T], *args: *Ts) -> T:
-        with self.turns.away():
-            return await trio.to_thread.run_sync(question, *args, abandon_on_cancel=True)
+        return await self.turns.in_thread(question, *args, abandon=True)
 
     def _handle(self) -> int:
         self._next_handle += 1

@@ -161,7 +161,7 @@ class Backups:
 
 
 @dataclass(slots=True)
-class ViewedItem:
+class ViewedItem(Opened):
     """What the view of the backups has open, under a handle of its own. See :class:`Opened`."""
 
     view: View
@@ -179,15 +179,12 @@ class ViewedItem:
 
 
 @dataclass(slots=True)
-class SnapshotNames:
+class SnapshotNames(Opened):
     """``.snapshot``, opened. See :class:`Opened`."""
 
     backups: Backups
     number: int
     found: list[tuple[bytes, int]]
-
-    async def read(self, offset: int, size: int) -> bytes:
-        raise FUSEError(errno.EISDIR)
 
     async def list(self, start: int, token: ReaddirToken) -> None:
         latest = [(LATEST, self.number | _LATEST_BIT)] if self.found else []
@@ -198,9 +195,6 @@ class SnapshotNames:
             attributes = await self.backups.getattr(number, ctx)
             if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
                 return
-
-    async def close(self) -> None:
-        """There is nothing to close."""
 
 
 def _directory_in(view: SnapshotView, lin: int, path: bytes) -> int | None:

@@ -13,6 +13,7 @@ from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, RequestContext
 from cloudfs.fuse.live.answers import attributes_lasting, fill
 from cloudfs.fuse.live.frozen import NUMBER_BITS, FrozenTree
 from cloudfs.fuse.live.inodes import Inode, Inodes
+from cloudfs.fuse.live.sides import Opened
 from cloudfs.source.live.protocol import FROZEN_PREFIX
 
 FOREVER_S = 86400.0
@@ -104,7 +105,7 @@ class FrozenSide:
 
 
 @dataclass(slots=True)
-class FrozenFile:
+class FrozenFile(Opened):
     """An open file. See :class:`Opened`."""
 
     tree: FrozenTree
@@ -116,24 +117,18 @@ class FrozenFile:
             raise FUSEError(errno.ESTALE)
         return self.tree.freeze.read(self.inode, self.fd, offset, size)
 
-    async def list(self, start: int, token: ReaddirToken) -> None:
-        raise FUSEError(errno.ENOTDIR)
-
     async def close(self) -> None:
         os.close(self.fd)
 
 
 @dataclass(slots=True)
-class FrozenNames:
+class FrozenNames(Opened):
     """An open directory. See :class:`Opened`."""
 
     side: FrozenSide
     tree: FrozenTree
     inode: Inode
     names: list[bytes]
-
-    async def read(self, offset: int, size: int) -> bytes:
-        raise FUSEError(errno.EISDIR)
 
     async def list(self, start: int, token: ReaddirToken) -> None:
         if self.tree.freeze.ended.is_set():
@@ -147,6 +142,3 @@ class FrozenNames:
             if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
                 return
             self.side.counted(self.tree, inode)
-
-    async def close(self) -> None:
-        """There is nothing to close."""

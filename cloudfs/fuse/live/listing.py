@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken
+from pyfuse3 import EntryAttributes, ReaddirToken
 
 from cloudfs.fuse.live.answers import fill
 from cloudfs.fuse.live.backups import Backups
 from cloudfs.fuse.live.frozen import list_names
 from cloudfs.fuse.live.inodes import ROOT, Inode, Inodes
+from cloudfs.fuse.live.sides import Opened
+from cloudfs.fuse.turns import Turns
 from cloudfs.source.own import SNAPSHOTS
 
 
-class LiveNames:
+class LiveNames(Opened):
     """An open directory: the names as they were when its start was read. See :class:`Opened`."""
 
     def __init__(
-        self, inode: Inode, inodes: Inodes, backups: Backups | None, lasting: EntryAttributes
+        self,
+        inode: Inode,
+        inodes: Inodes,
+        backups: Backups | None,
+        lasting: EntryAttributes,
+        turns: Turns,
     ) -> None:
         """``lasting`` is filled for each name."""
         self.inode = inode
         self._inodes = inodes
         self._backups = backups
         self._lasting = lasting
+        self._turns = turns
         self._names: Sequence[bytes] | None = None  # None: it has not been read
-
-    async def read(self, offset: int, size: int) -> bytes:
-        raise FUSEError(errno.EISDIR)
 
     async def list(self, start: int, token: ReaddirToken) -> None:
         names = self._names
@@ -43,8 +47,9 @@ class LiveNames:
                 return
             self._inodes.trim()
 
-    async def close(self) -> None:
-        """There is nothing to close."""
+    async def flush(self, *, data_only: bool) -> None:
+        with self._inodes.using(self._inodes.opened(self.inode)):
+            await self._turns.in_thread(_flush_directory, self.inode.proc)
 
     def _read_names(self) -> Sequence[bytes]:
         names = [b".", b"..", *list_names(self._inodes.opened(self.inode))]
@@ -77,3 +82,11 @@ class LiveNames:
         return pyfuse3.readdir_reply(
             token, name, fill(self._lasting, status.st_ino, status), cookie
         )
+
+
+def _flush_directory(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

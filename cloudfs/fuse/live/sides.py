@@ -1,25 +1,38 @@
-"""What a live mount shows beside the live tree: what is frozen, and backups. All is read-only.
+"""What a live mount shows: the live tree, what is frozen of it, and its backups.
 
 Each side answers for the inode numbers of a range of its own, in the terms of the kernel; an error
-is an OSError or FUSEError, and a number that is no longer known a KeyError.
+is an OSError or FUSEError, and a number that is no longer known a KeyError. Only the live tree can
+be changed.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Protocol
 
-from pyfuse3 import EntryAttributes, ReaddirToken, RequestContext
+from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, RequestContext
 
 
-class Opened(Protocol):
-    """A file or directory that was opened on a side."""
+class Opened:
+    """A file or directory that was opened on a side. What it is not good for it refuses."""
+
+    __slots__ = ()
 
     async def read(self, offset: int, size: int) -> bytes | memoryview:
         """Bytes of a file."""
+        raise FUSEError(errno.EISDIR)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write to a file; returns how many bytes."""
+        raise FUSEError(errno.EROFS)
 
     async def list(self, start: int, token: ReaddirToken) -> None:
         """The names of a directory from a position on, as many as the kernel has room for."""
+        raise FUSEError(errno.ENOTDIR)
+
+    async def flush(self, *, data_only: bool) -> None:
+        """Have it lie where it outlives the machine. Of what cannot be changed nothing is dirty."""
 
     async def close(self) -> None:
         """Let it go."""
@@ -41,7 +54,7 @@ class Side(Protocol):
         """Open a directory."""
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> Opened:
-        """Open a file for reading."""
+        """Open a file; for reading alone where nothing can be changed."""
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """One extended attribute."""
