@@ -25,10 +25,9 @@ from cloudfs.format.tables import Page
 from cloudfs.repo.history import History
 from cloudfs.repo.repository import PolicyRecord, Repository
 from cloudfs.repo.view import SnapshotView
-from cloudfs.source.inode import Status
+from cloudfs.source.inode import Inode, Status
 from cloudfs.source.roots import RootPlaces, Roots
 from cloudfs.source.scan import Filters, Lookup, Scanner, ScanOutcome, ScanPart
-from cloudfs.source.unseen import Inode
 from cloudfs.store.count import Counts as Requests
 
 ADOPTED_KEY = struct.Struct(">QQqq")

@@ -42,6 +42,9 @@ KEPT_FLAGS = (
 )
 """The inode flags that chattr(1) can set; the others only report."""
 
+Inode = tuple[int, int]
+"""st_dev and st_ino."""
+
 PATH_STEP = 2048
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -30,11 +30,6 @@ class OwnMounts(NamedTuple):
     views: frozenset[int]
     live: frozenset[int]
 
-    def show_backups(self, dev: int, name: bytes, inode: int) -> bool:
-        """Whether an entry, by its inode number, of a directory on a device is how a live mount
-        shows backups."""
-        return name == SNAPSHOTS and inode >= MADE_UP and dev in self.live
-
 
 def own_mounts() -> OwnMounts:
     """Those that this process sees now."""
@@ -42,6 +37,11 @@ def own_mounts() -> OwnMounts:
     views = frozenset(mount.device for mount in found if is_view(mount))
     live = frozenset(mount.device for mount in found if mount.kind == f"fuse.{LIVE_SUBTYPE}")
     return OwnMounts(views, live)
+
+
+def shows_backups(name: bytes, inode: int) -> bool:
+    """Whether an entry of a directory on a live mount is how that shows backups."""
+    return name == SNAPSHOTS and inode >= MADE_UP
 
 
 def is_view(mount: Mount) -> bool:

@@ -27,12 +27,11 @@ import xxhash
 
 from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
-from cloudfs.source.inode import StatReader, check_directory, open_directory
+from cloudfs.source.inode import Inode, StatReader, check_directory, open_directory
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
-from cloudfs.source.own import OwnMounts, own_mounts
+from cloudfs.source.own import OwnMounts, own_mounts, shows_backups
 from cloudfs.source.roots import HOLDING, Roots
-from cloudfs.source.unseen import Inode
 
 COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
 FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
@@ -185,8 +184,7 @@ class Scanner:
             if not below:
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             if dev in self._own.live:
-                shows = self._own.show_backups
-                entries = [entry for entry in entries if not shows(dev, entry[0], entry[2])]
+                entries = [entry for entry in entries if not shows_backups(entry[0], entry[2])]
             for name, nested_fd in self.roots.nested_in(path).items():
                 entries = [
                     e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, mask)

@@ -22,23 +22,20 @@ import stat as st
 from collections.abc import Iterator
 from pathlib import Path
 
-from cloudfs.source.mounts import Mount, mounts
+from cloudfs.source.inode import Inode
+from cloudfs.source.overlays import Overlays
 
 _SHARED = re.compile(
     rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)", re.M
 )
 _RING = b"/[aio]"
-_UPPER = re.compile(rb",upperdir=(/[^,]*)")
 _LOOPS = "/sys/block"
-
-Inode = tuple[int, int]
-"""st_dev and st_ino."""
 
 
 def mapped() -> set[Inode]:
     """The files of 1, of all file systems; of processes that this one may look into."""
     found: set[Inode] = set()
-    overlays = _Overlays()
+    overlays = Overlays()
     for pid, maps in _all_maps():
         found.update(_shared(pid, maps, overlays))
     return found
@@ -69,7 +66,7 @@ def settle_mapped(device: int) -> None:
 
 def being_written() -> set[Inode]:
     """The files of 1 to 4."""
-    overlays = _Overlays()
+    overlays = Overlays()
     found = set(_behind_loops(overlays))
     for pid, maps in _all_maps():
         found.update(_shared(pid, maps, overlays))
@@ -86,7 +83,7 @@ def _all_maps() -> Iterator[tuple[str, bytes]]:
                 yield pid, Path(f"/proc/{pid}/maps").read_bytes()
 
 
-def _shared(pid: str, maps: bytes, overlays: _Overlays) -> Iterator[Inode]:
+def _shared(pid: str, maps: bytes, overlays: Overlays) -> Iterator[Inode]:
     for span, major, minor, inode in _SHARED.findall(maps):
         link = f"/proc/{pid}/map_files/{span.decode()}"
         try:
@@ -97,7 +94,7 @@ def _shared(pid: str, maps: bytes, overlays: _Overlays) -> Iterator[Inode]:
             yield from overlays.really(pid, link, status)
 
 
-def _open_for_writing(pid: str, overlays: _Overlays) -> Iterator[Inode]:
+def _open_for_writing(pid: str, overlays: Overlays) -> Iterator[Inode]:
     with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
@@ -107,7 +104,7 @@ def _open_for_writing(pid: str, overlays: _Overlays) -> Iterator[Inode]:
                         yield from overlays.really(pid, entry.path, status)
 
 
-def _behind_loops(overlays: _Overlays) -> Iterator[Inode]:
+def _behind_loops(overlays: Overlays) -> Iterator[Inode]:
     for name in os.listdir(_LOOPS) if os.path.isdir(_LOOPS) else ():
         if name.startswith("loop"):
             with (
@@ -118,57 +115,3 @@ def _behind_loops(overlays: _Overlays) -> Iterator[Inode]:
                 yield from overlays.beneath("self", path)
                 status = os.stat(path)
                 yield status.st_dev, status.st_ino
-
-
-class _Overlays:
-    """Finds what files of overlays really are. It is asked once, and remembers what is mounted."""
-
-    def __init__(self) -> None:
-        self._mounts: dict[str, list[Mount]] = {}  # by mount namespace
-
-    def really(self, pid: str, link: str, status: os.stat_result) -> set[Inode]:
-        """The inodes of what a link in */proc* of a process leads to: its own, and that in the
-        upper directory."""
-        found = {(status.st_dev, status.st_ino)}
-        if os.major(status.st_dev) == 0:  # a file system without a device
-            with contextlib.suppress(OSError):  # the process ended, or closed it
-                found |= self.beneath(pid, os.fsencode(os.readlink(link)))
-        return found
-
-    def beneath(self, pid: str, path: bytes) -> set[Inode]:
-        """That in the upper directory of what a process knows by a path. Raises OSError."""
-        on = [mount for mount in self._seen_by(pid) if path.startswith(_within(mount))]
-        if not on:
-            return set()
-        # Not by the device: files of an overlay have others than it has.
-        mount = max(on, key=lambda mount: len(mount.place))
-        return _in_upper(mount, path) if mount.kind == "overlay" else set()
-
-    def _seen_by(self, pid: str) -> list[Mount]:
-        """The mounts of a process, the newest first."""
-        namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-        if namespace not in self._mounts:
-            self._mounts[namespace] = list(reversed(mounts(pid)))
-        return self._mounts[namespace]
-
-
-def _within(mount: Mount) -> bytes:
-    """What the paths of a mount's files begin with."""
-    return mount.place.rstrip(b"/") + b"/"
-
-
-def _in_upper(mount: Mount, path: bytes) -> set[Inode]:
-    """The inode of a file in the upper directory of an overlay, by its path where that is mounted.
-
-    (Where that directory was named by a path of another namespace, or a relative one, there is
-    none. Then the file is known as changed when it is closed.)
-    """
-    upper = _UPPER.search(mount.given)
-    if upper is None:
-        return set()
-    try:
-        below = path.removeprefix(_within(mount))
-        status = os.stat(upper[1] + mount.top.rstrip(b"/") + b"/" + below)
-    except OSError:
-        return set()
-    return {(status.st_dev, status.st_ino)}

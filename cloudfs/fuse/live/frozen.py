@@ -21,7 +21,7 @@ from cloudfs.fuse.live.freeze import Freeze, xattrs_of
 from cloudfs.fuse.live.inodes import MASK, ROOT, Inode, Inodes
 from cloudfs.source.inode import StatReader, data_extents, read_flags
 from cloudfs.source.live.protocol import EXTENTS_ATTRIBUTE, STATUS_ATTRIBUTE, MoreStatus
-from cloudfs.source.own import SNAPSHOTS, own_mounts
+from cloudfs.source.own import SNAPSHOTS, own_mounts, shows_backups
 
 NUMBER_BITS = 48
 _FREEZES = 1 << 12
@@ -127,7 +127,7 @@ class FrozenTree:
         names = list_names(directory)
         if directory.dev in self._own.live and SNAPSHOTS in names:
             number = os.lstat(directory.proc + b"/" + SNAPSHOTS).st_ino
-            if self._own.show_backups(directory.dev, SNAPSHOTS, number):
+            if shows_backups(SNAPSHOTS, number):
                 names.remove(SNAPSHOTS)
         return names
 

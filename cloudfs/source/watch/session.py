@@ -20,9 +20,10 @@ from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.watched import WatchedSet
+from cloudfs.source.inode import Inode
 from cloudfs.source.ready import Ready
 from cloudfs.source.state import SourceState, scanning
-from cloudfs.source.unseen import Inode, being_written
+from cloudfs.source.unseen import being_written
 from cloudfs.source.watch import client
 from cloudfs.source.watch.places import LeavesOut, Places, places_of
 from cloudfs.source.watch.protocol import EVENTS, Answer, Base, Question
