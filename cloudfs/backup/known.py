@@ -48,10 +48,7 @@ class Known:
     def standing(self, lins: list[int], path: bytes) -> int | None:
         """Which of the directories on record that have its inode number now is at a path; None
         where it is none of them: then it is new."""
-        found = [lin for lin in lins if self._same_directory(lin, path)]
-        # Two file systems may both have that number, and keep no birth times.
-        there = [lin for lin in found if len(found) > 1 and self.path(lin, {}) == path]
-        return next(iter(there or found), None)
+        return next((lin for lin in lins if self._same_directory(lin, path)), None)
 
     def directories(self, inode: int) -> list[int]:
         """The LINs of all directories on record with an inode number."""

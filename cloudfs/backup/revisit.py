@@ -51,6 +51,7 @@ class Revisit(Walk):
         self._scanner, self._changes = scanner, changes
         self._known_names = Known(self._state, self._view, self._same_directory)
         self._taken: set[int] = set()
+        self._as_was: set[int] = set()  # of these: nothing was found changed, and nothing compared
         self._looked_at_whole: set[int] = set()
         self._moved: dict[int, bytes] = {}  # where directories that moved are now
         self._gone: dict[int, DirChange] = {}  # changes in what is not there, as far as was seen
@@ -141,9 +142,10 @@ class Revisit(Walk):
     def _revisit(self, lin: int, change: DirChange, further: dict[int, DirChange]) -> None:
         """Look at names in a directory, once; ``further`` gets what is to be looked at for that."""
         record = self._state.record(lin)
-        if record is None or lin in self._taken:
+        if record is None or self._is_done(lin):
             return
         self._taken.add(lin)
+        self._as_was.discard(lin)
         if change.whole:
             self._in_doubt.discard(lin)
         record = self._doubting(record, change)
@@ -161,9 +163,15 @@ class Revisit(Walk):
         self.items_seen += len(change.names)
         if scan is not None:
             self.diff.take(scan, record)
+        else:
+            self._as_was.add(lin)
         if change.whole:
             self._looked_at_whole.add(lin)
         self._suspect(record, change, further)
+
+    def _is_done(self, lin: int) -> bool:
+        """Whether a directory needs no further look: all in it was compared with its record."""
+        return lin in self._taken and lin not in self._as_was
 
     def _doubting(self, record: DirRecord, change: DirChange) -> DirRecord:
         """The record as it is to be compared with: whose data is to be read, whatever lstat says.
@@ -190,7 +198,7 @@ class Revisit(Walk):
 
     def _revisit_further(self, lin: int, change: DirChange, later: dict[int, DirChange]) -> None:
         """Look at names in a directory that the changelist does not name itself."""
-        if (lin == ROOT_LIN and self._roots.many) or lin in self._taken:
+        if (lin == ROOT_LIN and self._roots.many) or self._is_done(lin):
             return
         path = self._known_names.path(lin, self._moved)
         if path is None or self._scanner.leaves_out(path):
@@ -204,7 +212,7 @@ class Revisit(Walk):
         for at in above:
             place = self._known_names.path(at, self._moved)
             if place and at not in self._looked_at_whole and not self._same(at, place):
-                if at in self._taken:
+                if self._is_done(at):
                     self.errors.append((path, "could not be opened"))
                     self._unread(lin)
                     return
@@ -234,6 +242,18 @@ class Revisit(Walk):
         above = self._known_names.above(lin, self._moved)
         return any(self.diff.vanished.is_gone(at) for at in above)
 
+    def _same_directory(self, lin: int, path: bytes) -> bool:
+        return self._same_top(lin, path) and super()._same_directory(lin, path)
+
+    def _same_top(self, lin: int, path: bytes) -> bool:
+        """Whether a path is below the same top as the directory on record was. (Which file systems
+        are where is as it was, or there would be no changelist.)"""
+        tops = self._changes.tops
+        if len(tops) < 2:
+            return True
+        was = self._known_names.path(lin, {})
+        return was is not None and _top_of(tops, was) == _top_of(tops, path)
+
     def _same(self, lin: int, path: bytes) -> bool:
         """Whether the directory on record stands at a path; asked of each once."""
         found = self._stands.get((lin, path))
@@ -255,6 +275,12 @@ class Revisit(Walk):
             while visits:
                 visits = self._visit(visits, scan_parts, 1, quota)
             visits = self.diff.settle(self._state.record, self._same_directory)
+
+
+def _top_of(tops: list[bytes], path: bytes) -> bytes:
+    """The deepest of ``tops`` that a path is at or below."""
+    above = (top for top in tops if (path + b"/").startswith(top and top + b"/"))
+    return max(above, key=len, default=b"")
 
 
 def _either(lin: int, todo: dict[int, DirChange], further: dict[int, DirChange]) -> DirChange:

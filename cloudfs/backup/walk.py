@@ -253,7 +253,8 @@ class Walk:
         self._keep_named()
         metas, entries, dead = self.diff.tombstones(snapshot)
         for lin in dead:
-            old = self._state.record(lin)
+            # In a tree that does not stand still it may have been listed before it was gone.
+            old = self._state.staged(lin, self._snapshot) or self._state.record(lin)
             if old is not None:
                 self.counts.add(old.counts, -1)
             self._stage(lin, None)

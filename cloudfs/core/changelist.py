@@ -37,13 +37,16 @@ class Changelist:
     data can be others (None: all): each of their names on record is looked at. None for a source
     that names every name of what it names. With ``reread`` the data of all named files is compared,
     even where lstat says that nothing changed. ``elsewhere`` are inode numbers of directories in
-    which something changed, and which were not in the tree when they were looked for.
+    which something changed, and which were not in the tree when they were looked for. ``tops`` are
+    the paths at which the file systems of the tree are reached, where there may be several: numbers
+    below one say nothing of what is below another.
     """
 
     dirs: list[DirChange] = field(default_factory=list)
     inodes: dict[int, list[Range] | None] | None = None
     reread: bool = False
     elsewhere: set[int] = field(default_factory=set)
+    tops: list[bytes] = field(default_factory=list)
 
     @property
     def names(self) -> int:

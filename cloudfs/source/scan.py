@@ -60,7 +60,12 @@ class Filters(msgspec.Struct, frozen=True):
     @property
     def by_name(self) -> bool:
         """Whether any entry has to be looked at by name."""
-        return bool(self.excludes or self.exclude_if_present or self.exclude_caches)
+        return bool(self.excludes) or self.by_tag
+
+    @property
+    def by_tag(self) -> bool:
+        """Whether a file in a directory may leave out what else is in it."""
+        return bool(self.exclude_if_present or self.exclude_caches)
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether a directory of another file system, at a path below its source, is left out."""
@@ -101,6 +106,7 @@ class Scanner:
     _plain: StatReader = field(init=False, default_factory=StatReader)  # for what lies beneath
     _mount_dev: int = field(init=False, default=0)  # the device of a live mount
     _own: OwnMounts = field(init=False, default_factory=own_mounts)
+    _tagged: dict[tuple[int, bytes], bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._reader = self.roots.reader()
@@ -242,8 +248,7 @@ class Scanner:
         None where nothing is as it was not. With ``reread`` every byte of the files named may be
         another. Raises OSError.
         """
-        one_decides = self.filters.exclude_if_present or self.filters.exclude_caches
-        if change.whole or one_decides:
+        if change.whole or self.filters.by_tag:
             return self.visit(lin, change.path, record, change.inode)
         root_fd, below = self.roots.fd_of(change.path)
         mask = self._reader.inode_mask
@@ -304,13 +309,35 @@ class Scanner:
         return found
 
     def leaves_out(self, path: bytes) -> bool:
-        """Whether the patterns leave a directory out, or one above it."""
-        if self._matcher is None:
+        """Whether the filters leave a directory out, or one above it."""
+        if not self.filters.by_name:
             return False
-        _, below = self.roots.fd_of(path)
-        parts = below.split(b"/")
-        matches = self._matcher.excludes
-        return any(matches(b"/".join(parts[: i + 1]), is_dir=True) for i in range(len(parts)))
+        root_fd, below = self.roots.fd_of(path)
+        parts = below.split(b"/") if below else []
+        way = [b"/".join(parts[:count]) for count in range(len(parts) + 1)]
+        matcher = self._matcher
+        if matcher is not None and any(matcher.excludes(at, is_dir=True) for at in way[1:]):
+            return True
+        return self.filters.by_tag and any(self._holds_tag(root_fd, at) for at in way[:-1])
+
+    def _holds_tag(self, root_fd: int, path: bytes) -> bool:
+        """Whether a file in a directory leaves out what else is in it; asked of each once."""
+        found = self._tagged.get((root_fd, path))
+        if found is not None:
+            return found
+        try:
+            fd = open_directory(root_fd, path)
+        except OSError:
+            return False  # who visits it meets that too
+        try:
+            found = (self.filters.exclude_caches and _is_tagged(fd)) or any(
+                os.access(name, os.F_OK, dir_fd=fd, follow_symlinks=False)
+                for name in self.filters.exclude_if_present
+            )
+        finally:
+            os.close(fd)
+        self._tagged[root_fd, path] = found
+        return found
 
     def _filtered(self, entries: list[RawEntry], path: bytes, fd: int) -> list[RawEntry]:
         names = {entry[0] for entry in entries}

@@ -28,7 +28,7 @@ from cloudfs.source.watch import client, start
 from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
 from tests.engine.btrfs import run
-from tests.engine.watched import Watched
+from tests.engine.watched import Watched, heard, settle
 
 
 @pytest.fixture
@@ -40,13 +40,6 @@ def own_volume(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(base)
 
 
-def settle(rig: Watched) -> None:
-    """Two syncs, after which the daemon's word counts."""
-    rig.sync()
-    rig.sync()
-    assert rig.notes == []
-
-
 def scanned(rig: Watched, reason: str) -> None:
     """The next sync scans for a reason that it tells, and the one after it does not."""
     rig.sync()
@@ -54,15 +47,6 @@ def scanned(rig: Watched, reason: str) -> None:
     rig.check()
     (rig.tree / "afterwards").write_text(reason)
     heard(rig)
-
-
-def heard(rig: Watched) -> None:
-    """The next sync goes by what was heard, and misses nothing."""
-    result = rig.sync()
-    assert rig.notes == []
-    assert result.snapshot is not None
-    assert result.snapshot.source == "watch"
-    rig.check()
 
 
 # -- what the daemon cannot tell --------------------------------------------------------------

@@ -44,3 +44,19 @@ class Watched(Rig):
         """The last snapshot is what the tree is."""
         last = self.history().snapshots[-1].number
         assert not difference(self.contents(last), contents_of_tree(self.tree))
+
+
+def settle(rig: Watched) -> None:
+    """Two syncs, after which the daemon's word counts."""
+    rig.sync()
+    rig.sync()
+    assert rig.notes == []
+
+
+def heard(rig: Watched) -> None:
+    """The next sync goes by what was heard, and misses nothing."""
+    result = rig.sync()
+    assert rig.notes == []
+    assert result.snapshot is not None
+    assert result.snapshot.source == "watch"
+    rig.check()

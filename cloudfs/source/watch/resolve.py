@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 from typing import NamedTuple
 
 from cloudfs.core.changelist import Changelist, DirChange
@@ -48,17 +50,29 @@ class Resolver:
     def directory(self, place: Place, names: set[bytes]) -> None:
         """Names in a directory changed; b"." is the directory itself. Raises SourceError."""
         fsid, handle = place
-        for fd, part in zip(self._fds, self._parts, strict=True):
-            if part.fsid == fsid:
-                found = self._find(fd, part, handle)
-                if found is not None:
-                    self._add(part, found, names)
+        for top, part in zip(self._fds, self._parts, strict=True):
+            fd = _opened(top, part, handle) if part.fsid == fsid else None
+            if fd is None:
+                continue
+            try:
+                self._add_linked(fd, names)
+                found = self._find(top, part, fd)
+            finally:
+                os.close(fd)
+            if found is not None:
+                self._add(part, found, names)
 
-    def _find(self, top: int, part: Part, handle: bytes) -> _Found | None:
-        """Where the directory behind a handle is; None where it is gone or elsewhere."""
-        fd = _opened(top, part, handle)
-        if fd is None:
-            return None
+    def _add_linked(self, fd: int, names: set[bytes]) -> None:
+        """Files of several names change under all of them, and are told of under one: which may be
+        elsewhere, or left out of the backup."""
+        for name in names:
+            with contextlib.suppress(OSError):  # it is gone: that was told by handle
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+                    self._inodes.add(status.st_ino)
+
+    def _find(self, top: int, part: Part, fd: int) -> _Found | None:
+        """Where an open directory is; None where it is gone or elsewhere. Raises SourceError."""
         try:
             for _ in range(TRIES):  # it may be moved between any two of these steps
                 here = os.fstat(fd)
@@ -74,8 +88,6 @@ class Resolver:
                     return None  # something is mounted over it, or above it
         except OSError as error:
             raise _cannot(part, error) from None
-        finally:
-            os.close(fd)
         raise SourceError(f"{os.fsdecode(part.path)} changes too fast to follow")
 
     def _add(self, part: Part, found: _Found, names: set[bytes]) -> None:
@@ -109,6 +121,7 @@ class Resolver:
             dict.fromkeys(self._inodes),
             reread=True,
             elsewhere=self._elsewhere,
+            tops=[part.below for part in self._parts],
         )
 
 

@@ -1,0 +1,185 @@
+"""What a watch daemon tells once and concerns several: files of several names, directories of one
+number in several places, and what a file in a directory leaves out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloudfs.source.scan import Filters
+from tests.engine import loops
+from tests.engine.btrfs import run
+from tests.engine.rig import contents_of_tree, difference
+from tests.engine.watched import Watched, heard, settle
+
+# -- files of several names -------------------------------------------------------------------
+
+
+def test_a_file_changed_under_a_name_outside_of_the_source(watched: Watched) -> None:
+    outside = watched.base / "outside"
+    (watched.tree / "file").write_text("one")
+    os.link(watched.tree / "file", outside)
+    settle(watched)
+    outside.write_text("two")
+    heard(watched)
+    outside.chmod(0o600)
+    heard(watched)
+    with outside.open("a") as file:
+        file.write("three")
+    outside.rename(watched.base / "elsewhere")
+    heard(watched)
+    (watched.base / "elsewhere").write_text("four")
+    (watched.base / "elsewhere").unlink()
+    heard(watched)
+
+
+@pytest.mark.parametrize("pattern", ["cache/", "/cache/name"])
+def test_a_file_changed_under_a_name_that_is_left_out(watched: Watched, pattern: str) -> None:
+    (watched.tree / "cache").mkdir()
+    (watched.tree / "file").write_text("one")
+    os.link(watched.tree / "file", watched.tree / "cache" / "name")
+    watched.filters = Filters(excludes=(pattern,))
+    settle(watched)
+    for change in (lambda path: path.write_text("two"), lambda path: path.chmod(0o600)):
+        change(watched.tree / "cache" / "name")
+        result = watched.sync()
+        assert result.snapshot is not None
+        assert result.snapshot.source == "watch"
+        found = watched.contents(result.snapshot.number)
+        assert found[b"/file"] == contents_of_tree(watched.tree)[b"/file"]
+
+
+def test_a_name_that_came_in_with_its_directory(watched: Watched) -> None:
+    """Neither it nor the name that is on record was touched."""
+    outside = watched.base / "outside"
+    outside.mkdir()
+    known = watched.tree / "known"
+    (known / "below").mkdir(parents=True)
+    (known / "file").write_text("one")
+    os.link(known / "file", outside / "name")
+    (known / "below" / "file").write_text("one")
+    settle(watched)
+    (known / "below" / "file").write_text("two")  # so the directory above is looked at already
+    outside.rename(watched.tree / "inside")
+    heard(watched)
+    (watched.tree / "inside" / "name").write_text("two")
+    heard(watched)
+
+
+# -- one number in several places -------------------------------------------------------------
+
+
+def nested(volume: Path) -> Iterator[Watched]:
+    base = Path(tempfile.mkdtemp(dir=volume))
+    outer = base / "outer"
+    (outer / "inner" / "old").mkdir(parents=True)
+    (outer / "inner" / "old" / "file").write_text("one")
+    made = Watched(base, sources=[outer, outer / "inner"])
+    made.start()
+    yield made
+    made.kill()
+    made.repository.local.close()
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def nested_sources(local_volume: Path) -> Iterator[Watched]:
+    """A source within another, so that each directory there is on record twice."""
+    yield from nested(local_volume)
+
+
+def check_both(rig: Watched) -> None:
+    result = rig.sync()
+    assert rig.notes == []
+    assert result.snapshot is not None
+    found = rig.contents(result.snapshot.number)
+    for source in rig.sources:
+        name = b"/" + os.fsencode(source.name)
+        part = {p.removeprefix(name): found[p] for p in found if p.startswith(name + b"/")}
+        there = contents_of_tree(source)
+        del there[b"links"]
+        assert not difference(part, there)
+
+
+def test_a_directory_renamed_in_a_source_within_another(nested_sources: Watched) -> None:
+    rig = nested_sources
+    settle(rig)
+    inner = rig.sources[1]
+    (inner / "old").rename(inner / "new")
+    (inner / "new" / "file").write_text("two")
+    check_both(rig)
+    (inner / "new").rename(inner / "newest")
+    (inner / "newest" / "file").write_text("three")
+    check_both(rig)
+
+
+def test_directories_of_one_number_on_two_file_systems(base: Path) -> None:
+    """Copies of one image: directories of the same number and birth time, in both of which the
+    same is done."""
+    image, copy = base / "image", base / "copy"
+    with loops.file_system(base, "ext4", 32 << 20) as place:
+        (place / "old").mkdir()
+        (place / "old" / "file").write_text("one")
+        run("sync", "-f", place)
+        run("fsfreeze", "-f", place)
+        shutil.copy(base / "ext4.img", image)
+        run("fsfreeze", "-u", place)
+    shutil.copy(image, copy)
+    run("e2fsck", "-f", "-y", copy)
+    run("tune2fs", "-U", "random", copy)
+    sources = [base / "first", base / "second"]
+    for source, of in zip(sources, (image, copy), strict=True):
+        source.mkdir()
+        run("mount", "-o", "loop", of, source)
+    rig = Watched(base, sources=sources)
+    try:
+        rig.start()
+        settle(rig)
+        for source in sources:
+            (source / "old").rename(source / "new")
+            (source / "new" / "file").write_text(source.name)
+        check_both(rig)
+    finally:
+        rig.kill()
+        rig.repository.local.close()
+        for source in sources:
+            run("umount", "-l", source)
+
+
+# -- what a file leaves out -------------------------------------------------------------------
+
+
+def test_what_changed_in_a_directory_that_is_left_out_since(watched: Watched) -> None:
+    """By a file that was made in it, or in one above it, meanwhile: then none of it is read."""
+    watched.filters = Filters(exclude_if_present=(".nobackup",))
+    (watched.tree / "in" / "below").mkdir(parents=True)
+    (watched.tree / "moves" / "below").mkdir(parents=True)
+    for name in ("in", "moves"):
+        (watched.tree / name / "below" / "file").write_text("one")
+    (watched.tree / "out").mkdir()
+    (watched.tree / "out" / ".nobackup").touch()
+    settle(watched)
+    for name in ("in", "moves"):
+        (watched.tree / name / "below" / "file").write_text("two")
+        (watched.tree / name / "below" / "secret").write_text("three")
+    (watched.tree / "in" / ".nobackup").touch()
+    (watched.tree / "moves").rename(watched.tree / "out" / "moves")
+    result = watched.sync()
+    assert watched.notes == []
+    assert result.snapshot is not None
+    assert result.snapshot.stats.bytes_read == 0
+    assert (result.snapshot.stats.files, result.snapshot.stats.dirs) == (0, 3)
+    assert watched.contents(result.snapshot.number).keys() == {b"/in", b"/out", b"links"}
+    (watched.tree / "in" / ".nobackup").unlink()
+    (watched.tree / "out" / ".nobackup").unlink()
+    heard(watched)
+    (watched.tree / "afterwards").touch()
+    watched.kill()
+    result = watched.sync()  # a scan counts the same
+    assert result.snapshot is not None
+    assert (result.snapshot.stats.files, result.snapshot.stats.dirs) == (5, 6)
