@@ -130,7 +130,7 @@ class Attempt:
             if changes is not None and isinstance(walk, Revisit):
                 self._walk_changes(walk, queue, dispatcher, worker.scanner, changes)
             else:
-                self._walk_all(walk, queue, dispatcher, trust=trust)
+                self._walk_all(walk, queue, dispatcher)
             if isinstance(queue, NotingQueue):
                 self._verify(queue, changelist=changes is not None)
             self._pack(walk, queue, dispatcher)
@@ -223,15 +223,13 @@ class Attempt:
             self._step_walking(walk, queue, dispatcher)
 
         def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
-            for outcome in dispatcher.scan(parts, trust=True):
+            for outcome in dispatcher.scan(parts):
                 yield outcome
                 turn()
 
         walk.run_changes(changes, scanner, scan, QUOTA, turn)
 
-    def _walk_all(
-        self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher, *, trust: bool
-    ) -> None:
+    def _walk_all(self, walk: Walk, queue: WorkQueue, dispatcher: Dispatcher) -> None:
         if walk.first:
             walking = True
             while walking:
@@ -244,7 +242,7 @@ class Attempt:
                 dispatcher.start_pool(for_scans=True)
 
             def scan(parts: list[ScanPart]) -> Iterator[ScanOutcome]:
-                for outcome in dispatcher.scan(parts, trust=trust):
+                for outcome in dispatcher.scan(parts):
                     yield outcome
                     self._step_walking(walk, queue, dispatcher)
 

@@ -63,19 +63,17 @@ class Dispatcher:
 
     def scan_here(self, part: ScanPart) -> ScanOutcome:
         """Visit directories of a tree that was never backed up, in this process."""
-        return self._worker.scan(part, trust=False)
+        return self._worker.scan(part)
 
-    def scan(self, parts: list[ScanPart], *, trust: bool) -> Iterator[ScanOutcome]:
+    def scan(self, parts: list[ScanPart]) -> Iterator[ScanOutcome]:
         """Visit directories; outcomes come in the order of parts."""
         if not self._scans_in_pool:
             for part in parts:
-                yield self._worker.scan(part, trust=trust)
+                yield self._worker.scan(part)
             return
         encode = msgspec.msgpack.encode
         assert self._pool is not None
-        futures = [
-            self._pool.submit(scan_task, self._context, encode(part), trust) for part in parts
-        ]
+        futures = [self._pool.submit(scan_task, self._context, encode(part)) for part in parts]
         for future in futures:
             yield msgspec.msgpack.decode(self._result(future), type=ScanOutcome)
 

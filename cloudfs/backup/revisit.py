@@ -53,7 +53,6 @@ class Revisit(Walk):
         self._taken: set[int] = set()
         self._as_was: set[int] = set()  # of these: nothing was found changed, and nothing compared
         self._looked_at_whole: set[int] = set()
-        self._moved: dict[int, bytes] = {}  # where directories that moved are now
         self._gone: dict[int, DirChange] = {}  # changes in what is not there, as far as was seen
         self._in_doubt: set[int] = set()  # directories that are not where they were looked for
         self._stands: dict[tuple[int, bytes], bool] = {}
@@ -89,7 +88,7 @@ class Revisit(Walk):
 
     def _linked(self) -> set[int]:
         """Inode numbers of files that appeared and may have other names on record."""
-        return self.diff.unknown_links() if self._changes.inodes is not None else set()
+        return set(self.diff.unknown_links()) if self._changes.inodes is not None else set()
 
     def _on_record(self) -> dict[int, DirChange]:
         """The changes in directories that are on record, by LIN."""

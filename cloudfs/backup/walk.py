@@ -8,11 +8,13 @@ where very much has appeared, what cannot have moved is handed out during the wa
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 import xxhash
 
+from cloudfs.backup.known import Known
 from cloudfs.backup.rebuild import TOP
 from cloudfs.core.assign import WorkQueue, bytes_of
 from cloudfs.core.changes import Counts, DirRecord, DirScan, DirTask, Visit, decode_listing
@@ -74,6 +76,7 @@ class Walk:
         self.made_up: list[Meta | Entry] = []
         self._staged: list[tuple[int, DirRecord | None]] = []
         self._waiting: list[Visit] = []
+        self._moved: dict[int, bytes] = {}  # where directories that moved are now
         self._known: set[int] | None = None  # fingerprints of all on record, once they are needed
         self._begin()
 
@@ -108,7 +111,7 @@ class Walk:
         seen = 0
         index = 0
         while index < len(self._waiting) and seen < QUOTA:
-            outcome = scan(ScanPart([self._waiting[index]], 1))
+            outcome = scan(ScanPart([self._waiting[index]], 1, trust=False))
             index += 1
             for found in outcome.changed:
                 self._take_first(found)
@@ -148,7 +151,29 @@ class Walk:
             visits = self._visit(visits, scan_parts, pieces, quota)
             if not visits:
                 visits = self.diff.settle(self._state.record, self._same_directory)
+                self._moved.update((lin, path) for lin, path, _ in visits)
+        self._look_for_names(scan_parts)
         self._finish()
+
+    def _look_for_names(self, scan_parts: ScanParts) -> None:
+        """Visit once more the directories that are as they were, and hold a name on record of a
+        file of which another one came in unchanged, with its directory."""
+        inodes = {inode for inode, more in self.diff.unknown_links().items() if more > 0}
+        if not inodes or self._view is None:
+            return
+        known = Known(self._state, self._view, self._same_directory)
+        is_gone = self.diff.vanished.is_gone
+        found: list[Visit] = []
+        for lin, record in self._state.all_records():
+            stats = decode_listing(record.listing)
+            if lin in self.unread or inodes.isdisjoint(stat.ino for stat in stats):
+                continue
+            path = known.path(lin, self._moved)
+            if path is not None and not any(map(is_gone, known.above(lin, self._moved))):
+                found.append((lin, path, 0))
+        # What is known below them was visited already.
+        for _ in self._scanned([ScanPart(found, sys.maxsize, trust=False)], scan_parts):
+            pass
 
     def _visit_top(self) -> list[Visit]:
         scan, record = self._top_scan(), self._state.record(ROOT_LIN)
@@ -165,12 +190,20 @@ class Walk:
         """One round: visit these and what is known below them; returns what to visit next."""
         size = -(-len(visits) // pieces)
         parts = [
-            ScanPart(visits[start : start + size], quota) for start in range(0, len(visits), size)
+            ScanPart(visits[start : start + size], quota, self._trust)
+            for start in range(0, len(visits), size)
         ]
         following: list[Visit] = []
+        for visits_below in self._scanned(parts, scan_parts):
+            following.extend(visits_below)
+            following.extend(self._judge_early())
+        return following
+
+    def _scanned(self, parts: list[ScanPart], scan_parts: ScanParts) -> Iterator[list[Visit]]:
+        """Scan parts, and take what is found; what is to be visited below each."""
         for outcome in scan_parts(parts):
             self.items_seen += outcome.unchanged.items
-            following.extend(outcome.left)
+            following = outcome.left
             self._take_unlisted(outcome)
             for lin, path, words in outcome.errors:
                 self.errors.append((path, words))
@@ -179,8 +212,7 @@ class Walk:
                 record = self._state.record(scan.lin)
                 self.items_seen += scan.counts.items
                 following.extend(self.diff.take(scan, record))
-            following.extend(self._judge_early())
-        return following
+            yield following
 
     def _judge_early(self) -> list[Visit]:
         """Queue what cannot have moved, if that is much; returns the directories among it."""

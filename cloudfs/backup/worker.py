@@ -17,7 +17,7 @@ from cloudfs.backup.data import DataReader
 from cloudfs.backup.describe import Describer
 from cloudfs.backup.files import FileReader
 from cloudfs.backup.packs import Packer, PackSettings
-from cloudfs.core.changes import Absent, DirTask
+from cloudfs.core.changes import Absent, DirRecord, DirTask
 from cloudfs.core.manifest import Manifest
 from cloudfs.core.rows import PackRow
 from cloudfs.db.state import SyncState
@@ -161,19 +161,20 @@ class Worker:
             repository.store.counts() - before,
         )
 
-    def scan(self, part: ScanPart, *, trust: bool) -> ScanOutcome:
-        """Visit directories; without ``trust`` each counts as changed."""
-        lookup: Lookup = self.state.record if trust else _no_record
+    def scan(self, part: ScanPart) -> ScanOutcome:
+        """Visit directories."""
+        lookup: Lookup = self.state.record if part.trust else self._unlike_any
         return self.scanner.run(part, lookup)
+
+    def _unlike_any(self, lin: int) -> DirRecord | None:
+        """The record of a directory, as one that no listing is like."""
+        record = self.state.record(lin)
+        return None if record is None else msgspec.structs.replace(record, signature=b"")
 
     def close(self) -> None:
         """Close directories; wait for uploads."""
         self._uploader.shutdown(wait=True)
         self._roots.close()
-
-
-def _no_record(_lin: int) -> None:
-    return None
 
 
 _worker: tuple[bytes, Worker] | None = None
@@ -196,7 +197,7 @@ def pack_task(context: bytes, assignment: bytes) -> bytes:
     return msgspec.msgpack.encode(_current(context).pack(decoded))
 
 
-def scan_task(context: bytes, part: bytes, trust: bool) -> bytes:
+def scan_task(context: bytes, part: bytes) -> bytes:
     """Entry point in a worker process: :meth:`Worker.scan` over encoded values."""
     decoded = msgspec.msgpack.decode(part, type=ScanPart)
-    return msgspec.msgpack.encode(_current(context).scan(decoded, trust=trust))
+    return msgspec.msgpack.encode(_current(context).scan(decoded))

@@ -16,7 +16,9 @@ The walk hands in every directory whose listing differs; this module decides whi
    walk (same device and inode, several links) is a hard link, by which what changed is seen if the
    other name came from a record; one with the inode, type, size and mtime of a vanished one has
    moved. The rest is new and gets LINs in the order of (parent, name),
-   so that a directory's children lie side by side.
+   so that a directory's children lie side by side. Where a file has more names than were seen, as
+   one that came in with its directory, whoever walks looks for them on record first
+   (:meth:`TreeDiff.unknown_links`).
 7. What vanished and was not matched is deleted, unless another name of it is there: a change of
    links changes ctime, so all other names of a file that lost one stand in changed listings. Names
    also go with a directory that leaves the tree, which changes no file; and what was listed of a
@@ -116,14 +118,15 @@ class TreeDiff:
         self.next_lin += count
         return first
 
-    def unknown_links(self) -> set[int]:
+    def unknown_links(self) -> dict[int, int]:
         """Inode numbers of files of several names that have appeared, of which no name was seen
-        that is on record."""
-        return {
-            item.stat.ino
-            for item in (*self._appeared_files, *self._kept_back)
-            if item.stat.nlink > 1 and (item.directory.scan.dev, item.stat.ino) not in self._links
-        }
+        that is on record; and how many more names than have appeared they have."""
+        found: dict[int, int] = {}
+        for item in (*self._appeared_files, *self._kept_back):
+            stat = item.stat
+            if stat.nlink > 1 and (item.directory.scan.dev, stat.ino) not in self._links:
+                found[stat.ino] = found.get(stat.ino, stat.nlink) - 1
+        return found
 
     # -- the first backup ----------------------------------------------------------------------
 

@@ -79,6 +79,7 @@ class ScanPart(msgspec.Struct, array_like=True):
 
     dirs: list[Visit]
     quota: int  # entries after which what is left is handed back
+    trust: bool = True  # without it each counts as changed
 
 
 class ScanOutcome(msgspec.Struct, array_like=True):

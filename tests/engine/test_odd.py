@@ -136,6 +136,24 @@ def test_many_files_in_one_directory(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     assert rig.store.counts().bytes_up - before < 100_000
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_name_that_came_in_with_its_directory(rig: Rig, tmp_path: Path, *, moved: bool) -> None:
+    """Of a file that is on record under another name: neither name was touched."""
+    outside, known = tmp_path / "outside", rig.tree / "known" / "below"
+    outside.mkdir()
+    known.mkdir(parents=True)
+    (known / "file").write_text("one")
+    os.link(known / "file", outside / "name")
+    check(rig)
+    rig.sync()  # until then times are too fresh to be believed
+    outside.rename(rig.tree / "inside")
+    if moved:
+        (rig.tree / "known").rename(rig.tree / "elsewhere")
+    check(rig)
+    shutil.rmtree(rig.tree / ("elsewhere" if moved else "known"))
+    check(rig)
+
+
 def test_a_renamed_directory_is_a_few_rows(rig: Rig) -> None:
     (rig.tree / "old").mkdir()
     for number in range(2000):
