@@ -175,13 +175,17 @@ class Revisit(Walk):
     def _doubting(self, record: DirRecord, change: DirChange) -> DirRecord:
         """The record as it is to be compared with: whose data is to be read, whatever lstat says.
 
-        Who has a changelist need not doubt time stamps.
+        Who has a changelist need not doubt time stamps, but of what is named.
         """
         doubtful = record.doubtful if change.whole else []
         if not self._changes.reread:
             return msgspec.structs.replace(record, doubtful=doubtful)
-        stats = enumerate(decode_listing(record.listing))
-        named = [index for index, stat in stats if stat.is_file and stat.name in change.names]
+        fresh = set(record.doubtful)
+        named = [
+            index
+            for index, stat in enumerate(decode_listing(record.listing))
+            if stat.name in change.names and (stat.is_file or index in fresh)
+        ]
         doubtful = sorted({*doubtful, *named})
         signature = b"" if doubtful else record.signature
         return msgspec.structs.replace(record, doubtful=doubtful, signature=signature)

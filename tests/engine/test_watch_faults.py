@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
 from cloudfs.db.watched import Place
-from cloudfs.source import handles
+from cloudfs.source import handles, scan
 from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
 from cloudfs.source.watch.resolve import Resolver
@@ -509,6 +510,30 @@ def burst(watched: Watched, count: int) -> None:
     peak = Path(f"/proc/{watched.daemon}/status").read_text()
     peak_kb = int(peak.split("VmHWM:")[1].split()[0])
     assert peak_kb < 200_000, "the daemon keeps its set in memory"
+
+
+def test_attributes_within_one_tick_of_the_clock(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is no file too: nothing else than its time stamps would tell."""
+    real, second = scan._raw, time.time_ns() // 10**9 * 10**9
+
+    def coarse(*entry: Any) -> Any:
+        raw = list(real(*entry))
+        raw[8] = second  # ctime
+        return tuple(raw)
+
+    monkeypatch.setattr(scan, "_raw", coarse)
+    monkeypatch.setattr(scan, "COARSE_TICK_NS", 10**12)
+    names = [watched.tree / name for name in ("directory", "fifo", "link")]
+    names[0].mkdir()
+    os.mkfifo(names[1])
+    names[2].symlink_to("nowhere")
+    settle(watched)
+    for turn in b"1", b"2":
+        for path in names:
+            os.setxattr(path, "trusted.turn", turn, follow_symlinks=False)
+        heard(watched)
 
 
 def test_clocks_that_go_back(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
