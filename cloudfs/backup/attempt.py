@@ -378,8 +378,7 @@ class Attempt:
             walk.counts,
             self._signature,
             record.time_ns,
-            walk.unread_elsewhere,
-            sorted(walk.unread - {0}),
+            again=sorted(walk.unread - {0}),
         )
 
     def _record(self, walk: Walk) -> SnapshotRecord:

@@ -155,10 +155,8 @@ class Revisit(Walk):
             self.errors.append((change.path, reason(error)))
             self._unread(lin)
             return
-        if scanner.unlisted:
-            self.errors.extend(scanner.unlisted)
-            scanner.unlisted.clear()
-            self.unread.add(lin)
+        self._take_unlisted(scanner.unlisted)
+        scanner.unlisted.clear()
         self.items_seen += len(change.names)
         if scan is not None:
             self.diff.take(scan, record)

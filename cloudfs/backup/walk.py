@@ -71,7 +71,6 @@ class Walk:
         self.items_seen = 0
         self.errors: list[tuple[bytes, str]] = []
         self.unread: set[int] = set()  # directories in which something could not be looked at
-        self.unread_elsewhere = False  # and others too, nobody knows which
         self.changed: list[int] = []
         self.made_up: list[Meta | Entry] = []
         self._staged: list[tuple[int, DirRecord | None]] = []
@@ -116,7 +115,7 @@ class Walk:
             for found in outcome.changed:
                 self._take_first(found)
                 seen += found.counts.items + 1
-            self._take_unlisted(outcome)
+            self._take_unlisted(outcome.unlisted)
             for error_lin, error_path, words in outcome.errors:
                 self.errors.append((error_path, words))
                 self.unread.add(error_lin)
@@ -204,7 +203,7 @@ class Walk:
         for outcome in scan_parts(parts):
             self.items_seen += outcome.unchanged.items
             following = outcome.left
-            self._take_unlisted(outcome)
+            self._take_unlisted(outcome.unlisted)
             for lin, path, words in outcome.errors:
                 self.errors.append((path, words))
                 self._unread(lin)
@@ -230,9 +229,10 @@ class Walk:
             self._queue_changed(task)
         return visits
 
-    def _take_unlisted(self, outcome: ScanOutcome) -> None:
-        self.errors.extend(outcome.unlisted)
-        self.unread_elsewhere |= bool(outcome.unlisted)
+    def _take_unlisted(self, unlisted: list[tuple[int, bytes, str]]) -> None:
+        for lin, path, words in unlisted:
+            self.errors.append((path, words))
+            self.unread.add(lin)
 
     def _unread(self, lin: int) -> None:
         """A directory that could not be read: what was known of it stays, a new one is empty."""
@@ -297,7 +297,7 @@ class Walk:
     def _keep_named(self) -> None:
         """Keep what has a name elsewhere; see rule 7 of :mod:`cloudfs.core.treediff`."""
         head = self._state.head
-        every = bool(self.unread or self.unread_elsewhere or head.again or head.unread)
+        every = bool(self.unread or head.again or head.unread)
         doubtful = self.diff.in_doubt(every=every)
         more = bool(doubtful)
         while more:  # what is in a directory that is kept is not gone with it

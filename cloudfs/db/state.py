@@ -41,7 +41,7 @@ class Head(msgspec.Struct, array_like=True):
     counts: Counts = msgspec.field(default_factory=Counts)
     signature: bytes = b""  # of the policy's filters and sources
     taken_ns: int = 0  # when the snapshot was taken: numbers are given again after a rollback
-    unread: bool = False  # something could not be read, nobody knows where: scan next time
+    unread: bool = False  # of old: something could not be read, nobody knows where, so scan
     again: list[int] = []  # LINs of directories in which something could not be read
 
 

@@ -89,7 +89,7 @@ class ScanOutcome(msgspec.Struct, array_like=True):
     changed: list[DirScan] = msgspec.field(default_factory=list)
     left: list[Visit] = msgspec.field(default_factory=list)
     errors: list[tuple[int, bytes, str]] = msgspec.field(default_factory=list)
-    unlisted: list[tuple[bytes, str]] = msgspec.field(default_factory=list)
+    unlisted: list[tuple[int, bytes, str]] = msgspec.field(default_factory=list)
 
 
 @dataclass
@@ -100,8 +100,9 @@ class Scanner:
     filters: Filters
     clock_ns: Callable[[], int] = time.time_ns
     mapped: frozenset[Inode] = frozenset()  # files that are mapped shared and writable
-    # Single entries that cannot be looked at: path, reason. Whoever visits takes them from here.
-    unlisted: list[tuple[bytes, str]] = field(default_factory=list)
+    # Single entries that cannot be looked at: LIN of the directory, path, reason. Whoever visits
+    # takes them from here.
+    unlisted: list[tuple[int, bytes, str]] = field(default_factory=list)
     _matcher: Matcher | None = field(init=False, default=None)
     _reader: StatReader = field(init=False)
     _plain: StatReader = field(init=False, default_factory=StatReader)  # for what lies beneath
@@ -180,25 +181,25 @@ class Scanner:
             left_out = self.filters.one_file_system or dev in self._own.views
             foreign = left_out and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
-            refused: list[tuple[bytes, OSError]] = []
+            refused: dict[bytes, OSError] = {}
             entries = [] if foreign else _list(fd, dev, mask, refused)
             if self.roots.beneath is not None and root_fd == self.roots.beneath.fd:
                 self._check_beneath(self.roots.beneath, fd, dev, entries)
                 if not inode:
                     self._check_way(self.roots.beneath, fd, path)
-            if refused:
-                self._refuse(path, entries, refused, record)
             if not below:
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             if dev in self._own.live:
                 entries = [entry for entry in entries if not shows_backups(entry[0], entry[2])]
+            if self.filters.by_name:
+                entries = self._filtered(entries, below, fd)
+            if refused:
+                entries = self._refuse(lin, path, entries, refused, record)
             for name, nested_fd in self.roots.nested_in(path).items():
                 entries = [
                     e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, mask)
                     for e in entries
                 ]
-            if self.filters.by_name:
-                entries = self._filtered(entries, below, fd)
         finally:
             os.close(fd)
         listing = _encode(entries)
@@ -228,18 +229,25 @@ class Scanner:
 
     def _refuse(
         self,
+        lin: int,
         path: bytes,
         entries: list[RawEntry],
-        refused: list[tuple[bytes, OSError]],
+        refused: dict[bytes, OSError],
         record: DirRecord | None,
-    ) -> None:
-        """Note entries that cannot be looked at; those that are on record stay as they were."""
+    ) -> list[RawEntry]:
+        """Note entries that cannot be looked at. Those that are on record stay as they were, the
+        others are left out."""
         known = {e[0]: e for e in _decode(record.listing)} if record is not None else {}
-        for name, error in refused:
-            self.unlisted.append((path + b"/" + name if path else name, reason(error)))
+        found = []
+        for entry in entries:
+            name = entry[0]
+            if name not in refused:
+                found.append(entry)
+                continue
+            self.unlisted.append((lin, path + b"/" + name if path else name, reason(refused[name])))
             if name in known:
-                entries.append(known[name])
-        entries.sort()
+                found.append(known[name])
+        return found
 
     def revisit(
         self, lin: int, change: DirChange, record: DirRecord, *, reread: bool = False
@@ -260,7 +268,6 @@ class Scanner:
             now_ns = self.clock_ns()
             known = {entry[0]: entry for entry in _decode(record.listing)}
             again: list[RawEntry] = []
-            refused: list[tuple[bytes, OSError]] = []
             for name in change.names:
                 known.pop(name, None)
                 if name in nested or (name == HOLDING and not below):
@@ -270,9 +277,8 @@ class Scanner:
                     again.append(_raw(name, status, dev, mask))
                 except FileNotFoundError:
                     continue
-                except OSError as error:
-                    refused.append((name, error))
-            self._refuse(change.path, again, refused, record)
+                except OSError:  # patterns may leave it out: the listing says what it is
+                    return self.visit(lin, change.path, record, change.inode)
             if self.filters.by_name:
                 again = self._filtered(again, below, fd)
             again.extend(
@@ -366,8 +372,9 @@ class Matcher:
         return self._spec.match_file(os.fsdecode(path) + ("/" if is_dir else ""))
 
 
-def _list(fd: int, dev: int, mask: int, refused: list[tuple[bytes, OSError]]) -> list[RawEntry]:
-    """The entries of a directory by name; what cannot be looked at goes to ``refused``."""
+def _list(fd: int, dev: int, mask: int, refused: dict[bytes, OSError]) -> list[RawEntry]:
+    """The entries of a directory by name. Of what cannot be looked at, which is in ``refused``,
+    they have no more than the listing itself says: name, number, and whether it is a directory."""
     entries: list[RawEntry] = []
     append = entries.append
     with os.scandir(fd) as listing:
@@ -378,9 +385,18 @@ def _list(fd: int, dev: int, mask: int, refused: list[tuple[bytes, OSError]]) ->
             except FileNotFoundError:
                 continue  # removed since the directory was read
             except OSError as error:
-                refused.append((name, error))
+                refused[name] = error
+                append(_as_listed(name, entry, mask))
     entries.sort()
     return entries
+
+
+def _as_listed(name: bytes, entry: os.DirEntry[str], mask: int) -> RawEntry:
+    try:
+        mode = st.S_IFDIR if entry.is_dir(follow_symlinks=False) else 0
+    except OSError:  # the file system does not list what it is
+        mode = 0
+    return name, mode, entry.inode() & mask, 0, 0, 0, 0, 0, 0, 0, False
 
 
 def _raw(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> RawEntry:

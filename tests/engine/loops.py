@@ -1,8 +1,9 @@
-"""Real ext4 and xfs file systems on loop devices."""
+"""Real ext4 and xfs file systems on loop devices, and a mount of another user."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,3 +32,17 @@ def file_system(base: Path, kind: str, size: int = 400 << 20, *options: str) -> 
     finally:
         run("umount", "-l", place)
         image.unlink()
+
+
+@contextlib.contextmanager
+def mount_of_another(place: Path) -> Iterator[None]:
+    """A FUSE mount of another user, into which not even root may look. Nobody serves it."""
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={fd},rootmode=40000,user_id=65534,group_id=65534".encode()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(b"another", os.fsencode(place), b"fuse.another", 0, options) == 0
+    try:
+        yield
+    finally:
+        run("umount", "-l", place)
+        os.close(fd)

@@ -14,7 +14,8 @@ from cloudfs.backup.files import FileReader
 from cloudfs.backup.revisit import Revisit
 from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.source.ready import Ready
-from cloudfs.source.scan import Scanner
+from cloudfs.source.scan import Filters, Scanner
+from tests.engine import loops
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 Tell = Callable[[Changelist], None]
@@ -465,3 +466,20 @@ def test_what_moved_and_is_gone_when_it_is_described_stays_as_it_was(
     assert result.snapshot.stats.bytes_read < 100_000
     assert (result.new, result.deleted) == (0, 0)
     check(rig)
+
+
+@pytest.mark.parametrize("excludes", [(), ("doc/",)])
+def test_a_name_that_cannot_be_looked_at(rig: Rig, tell: Tell, excludes: tuple[str, ...]) -> None:
+    """What it is decides whether the patterns leave it out."""
+    place = rig.tree / "cache" / "doc"
+    place.mkdir(parents=True)
+    (place / "hidden").write_text("as it was")
+    (rig.tree / "cache" / "file").write_text("text")
+    rig.filters = Filters(excludes)
+    rig.sync()
+    with loops.mount_of_another(place):
+        tell(Changelist([DirChange(b"cache", b"cache", {b"doc"})], {}, reread=True))
+        result = rig.sync(force=True)
+        assert result.unreadable == ([] if excludes else [(b"cache/doc", "permission denied")])
+        assert rig.notes == []
+    assert (b"/cache/doc/hidden" in rig.contents(2)) == (not excludes)

@@ -24,7 +24,7 @@ from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
 from cloudfs.db.watched import Place
 from cloudfs.source import handles, scan
-from cloudfs.source.scan import Scanner
+from cloudfs.source.scan import Filters, Scanner
 from cloudfs.source.watch import client, start
 from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
@@ -510,6 +510,26 @@ def burst(watched: Watched, count: int) -> None:
     peak = Path(f"/proc/{watched.daemon}/status").read_text()
     peak_kb = int(peak.split("VmHWM:")[1].split()[0])
     assert peak_kb < 200_000, "the daemon keeps its set in memory"
+
+
+@pytest.mark.parametrize("excludes", [(), ("doc/",), ("/cache/doc",)])
+def test_a_mount_that_cannot_be_looked_at(watched: Watched, excludes: tuple[str, ...]) -> None:
+    """Where it is not left out it is reported each time, and the sync does not scan for that."""
+    watched.filters = Filters(excludes)
+    (watched.tree / "cache" / "doc").mkdir(parents=True)
+    (watched.tree / "cache" / "file").write_text("before")
+    found = [] if excludes else [(b"cache/doc", "permission denied")]
+    with loops.mount_of_another(watched.tree / "cache" / "doc"):
+        assert watched.sync().unreadable == found
+        assert watched.sync().unreadable == found
+        assert watched.notes == []
+        (watched.tree / "cache" / "file").write_text("after")
+        result = watched.sync()
+        assert watched.notes == []
+        assert result.unreadable == found
+        assert watched.contents(2)[b"/cache/file"][-1] == b"after"  # type: ignore[index]
+    if not excludes:
+        heard(watched)
 
 
 def test_attributes_within_one_tick_of_the_clock(
