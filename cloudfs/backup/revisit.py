@@ -88,7 +88,15 @@ class Revisit(Walk):
 
     def _linked(self) -> set[int]:
         """Inode numbers of files that appeared and may have other names on record."""
-        return set(self.diff.unknown_links()) if self._changes.inodes is not None else set()
+        found = self.diff.unknown_links()
+        if self._changes.inodes is not None:
+            return set(found)
+        # Who names all names of what changed does so where they were, too: by its number, if that
+        # is never used again, a file that moved is known.
+        lacking = {inode for inode, more in found.items() if more > 0 and not self._stable_inodes}
+        if lacking:
+            self._state.index_inodes()
+        return lacking
 
     def _on_record(self) -> dict[int, DirChange]:
         """The changes in directories that are on record, by LIN."""
@@ -145,6 +153,8 @@ class Revisit(Walk):
             return
         self._taken.add(lin)
         self._as_was.discard(lin)
+        if self._scanner.filters.by_path and self._known_names.path(lin, {}) != change.path:
+            change.whole = True  # patterns may leave out other things in it now
         if change.whole:
             self._in_doubt.discard(lin)
         record = self._doubting(record, change)
@@ -270,12 +280,28 @@ class Revisit(Walk):
         while visits:
             known = {lin: path for lin, path, _ in visits if self._state.record(lin) is not None}
             self._moved.update(known)
-            if not self._scanner.filters.excludes:
-                # What moved is as it was. (Patterns may leave out other things in it now.)
-                visits = [visit for visit in visits if visit[0] not in known]
+            if self._scanner.filters.by_path:
+                self._look_at_moved([visit for visit in visits if visit[0] in known])
+            # Else what moved is as it was.
+            visits = [visit for visit in visits if visit[0] not in known]
             while visits:
                 visits = self._visit(visits, scan_parts, 1, quota)
             visits = self.diff.settle(self._state.record, self._same_directory)
+
+    def _look_at_moved(self, visits: list[Visit]) -> None:
+        """Look at directories that moved, and at what is known below them, whole, if that was not
+        done."""
+        while visits:
+            lin, path, inode = visits.pop()
+            if not self._is_done(lin):
+                self._revisit(lin, DirChange(path, None, whole=True, inode=inode), {})
+                self._take_turns()
+            if self.diff.has_taken(lin):
+                visits.extend(self.diff.known_below(lin))
+            elif lin in self._as_was:
+                record = self._state.record(lin)
+                below = record.subdirs if record is not None else []
+                visits.extend((at, path + b"/" + name, 0) for name, at in below)
 
 
 def _top_of(tops: list[bytes], path: bytes) -> bytes:

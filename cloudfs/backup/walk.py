@@ -65,6 +65,7 @@ class Walk:
         self._snapshot = view.number + 1 if view is not None else 1
         self._stat = roots.reader()
         self.first = view is None
+        self._stable_inodes = stable_inodes
         self.diff = TreeDiff(next_lin, first=self.first, stable_inodes=stable_inodes)
         self.counts = Counts()
         self.counts.add(state.head.counts)
@@ -165,7 +166,9 @@ class Walk:
         found: list[Visit] = []
         for lin, record in self._state.all_records():
             stats = decode_listing(record.listing)
-            if lin in self.unread or inodes.isdisjoint(stat.ino for stat in stats):
+            if lin in self.unread or self.diff.has_taken(lin):
+                continue
+            if inodes.isdisjoint(stat.ino for stat in stats):
                 continue
             path = known.path(lin, self._moved)
             if path is not None and not any(map(is_gone, known.above(lin, self._moved))):

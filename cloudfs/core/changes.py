@@ -176,6 +176,7 @@ class DirScan(msgspec.Struct, array_like=True):
     counts: Counts
     ranges: dict[int, list[Range]] = {}  # of files by index: only these bytes can be others
     mapped: list[int] = []  # of files whose data can be another whatever lstat says
+    told: list[int] = []  # of items that are not as they were, whatever lstat says
 
 
 class Absent(msgspec.Struct, array_like=True):

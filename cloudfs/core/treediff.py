@@ -128,6 +128,19 @@ class TreeDiff:
                 found[stat.ino] = found.get(stat.ino, stat.nlink) - 1
         return found
 
+    def has_taken(self, lin: int) -> bool:
+        """Whether a directory was found to differ, and taken."""
+        return lin in self._changed
+
+    def known_below(self, lin: int) -> list[Visit]:
+        """What is to be visited below a directory that was taken: what is known there."""
+        scan, lins = self._changed[lin].scan, self._changed[lin].lins
+        return [
+            (lins[index], _join(scan.path, name), inode)
+            for index, name, inode in scan.subdirs
+            if lins[index]
+        ]
+
     # -- the first backup ----------------------------------------------------------------------
 
     def take_new(self, scan: DirScan) -> tuple[DirTask, DirRecord, list[Visit]]:
@@ -162,18 +175,20 @@ class TreeDiff:
 
     def take(self, scan: DirScan, record: DirRecord | None) -> list[Visit]:
         """A directory that is new (no record) or differs; returns known ones to visit below it."""
+        assert scan.lin not in self._changed, "a directory is judged once"
         stats = decode_listing(scan.listing)
         changed = _Changed(scan, [0] * len(stats))
         self._changed[scan.lin] = changed
         before = record.by_name() if record is not None else {}
         doubtful = set(record.doubtful) if record is not None else set()
-        mapped = set(scan.mapped)
+        mapped, told = set(scan.mapped), set(scan.told)
         visits: list[Visit] = []
         for index, stat in enumerate(stats):
             old = before.pop(stat.name, None)
             if old is not None and _same_item(old[1], stat):
-                doubted = old[0] in doubtful or index in mapped
-                self._take_known(changed, index, stat, old, doubted)
+                if doubted := old[0] in doubtful or index in mapped:
+                    scan.ranges.pop(index, None)
+                self._take_known(changed, index, stat, old, look=doubted or index in told)
                 if stat.is_dir:
                     visits.append(_visit(old[2], scan, stat))
                 continue
@@ -193,8 +208,10 @@ class TreeDiff:
         index: int,
         stat: Stat,
         old: tuple[int, Stat, int],
-        doubtful: bool,
+        *,
+        look: bool,
     ) -> None:
+        """``look``: it may be another than on record even if lstat says the same."""
         _, old_stat, lin = old
         changed.lins[index] = lin
         linked = stat.nlink > 1 and not stat.is_dir
@@ -204,15 +221,13 @@ class TreeDiff:
             self._alive.add(lin)
             self._links.setdefault((changed.scan.dev, stat.ino), lin)
         # Of several names, one is enough. The others may come from a record, and look unchanged.
-        if lin not in self._described and (stat != old_stat or doubtful):
+        if lin not in self._described and (stat != old_stat or look):
             changed.items.append(index)
             if linked:
                 self._described.add(lin)
             if stat.is_file:
                 changed.bases[index] = lin
-            if doubtful:
-                changed.scan.ranges.pop(index, None)
-            self.tally.changed += stat != old_stat
+            self.tally.changed += stat != old_stat or bool(changed.scan.ranges.get(index))
         elif linked:
             self._as_recorded[lin] = stat
 

@@ -63,6 +63,13 @@ class Filters(msgspec.Struct, frozen=True):
         return bool(self.excludes) or self.by_tag
 
     @property
+    def by_path(self) -> bool:
+        """Whether what is left out of a directory depends on where that is."""
+        return any(
+            "/" in word.removeprefix("!").removeprefix("**/").rstrip("/") for word in self.excludes
+        )
+
+    @property
     def by_tag(self) -> bool:
         """Whether a file in a directory may leave out what else is in it."""
         return bool(self.exclude_if_present or self.exclude_caches)
@@ -255,10 +262,14 @@ class Scanner:
         """Look at the names that changed in a directory, and take the others from its record.
 
         None where nothing is as it was not. With ``reread`` every byte of the files named may be
-        another. Raises OSError.
+        another; without, what was named is not as it was, whatever lstat says: a time stamp does
+        not move with every change within a tick, nor during a write. Raises OSError.
         """
+        if change.names and not reread:
+            record = msgspec.structs.replace(record, signature=b"")
         if change.whole or self.filters.by_tag:
-            return self.visit(lin, change.path, record, change.inode)
+            found = self.visit(lin, change.path, record, change.inode)
+            return found if found is None or reread else _tell(found, change)
         root_fd, below = self.roots.fd_of(change.path)
         mask = self._reader.inode_mask
         nested = self.roots.nested_in(change.path)
@@ -294,13 +305,7 @@ class Scanner:
             return None
         found = _describe(lin, change.path, dev, entries, listing, signature, now_ns)
         found = self._doubting_mapped(found, entries)
-        if reread:
-            return found
-        for index, entry in enumerate(entries):
-            # A file of several names may have been changed under another one.
-            if entry[0] in change.names and st.S_ISREG(entry[1]) and entry[3] == 1:
-                found.ranges[index] = change.ranges.get(entry[0], [])
-        return found
+        return found if reread else _tell(found, change)
 
     def _mapped(self, dev: int, entries: list[RawEntry]) -> list[int]:
         """The indexes of those that are mapped."""
@@ -369,7 +374,8 @@ class Matcher:
 
     def excludes(self, path: bytes, is_dir: bool) -> bool:
         """Whether the patterns leave this path out."""
-        return self._spec.match_file(os.fsdecode(path) + ("/" if is_dir else ""))
+        text = os.fsdecode(path).replace("\n", "\0")  # what ends no line for a regular expression
+        return self._spec.match_file(text + ("/" if is_dir else ""))
 
 
 def _list(fd: int, dev: int, mask: int, refused: dict[bytes, OSError]) -> list[RawEntry]:
@@ -450,6 +456,17 @@ def _describe(
     if doubtful:
         signature = b""
     return DirScan(lin, path, dev, signature, listing, subdirs, links, doubtful, counts)
+
+
+def _tell(found: DirScan, change: DirChange) -> DirScan:
+    """Note what a changelist says of the entries, which the listing may not show."""
+    for index, entry in enumerate(_decode(found.listing)):
+        if entry[0] in change.names:
+            found.told.append(index)
+            # A file of several names may have been changed under another one.
+            if st.S_ISREG(entry[1]) and entry[3] == 1:
+                found.ranges[index] = change.ranges.get(entry[0], [])
+    return found
 
 
 def is_fresh(ctime_ns: int, now_ns: int) -> bool:

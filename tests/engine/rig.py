@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import stat as st
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from cloudfs.backup.job import SyncJob, SyncResult, SyncSettings, Verified
 from cloudfs.backup.sync import sync
@@ -160,7 +162,18 @@ def contents_of_view(view: SnapshotView) -> dict[bytes, object]:
     return found
 
 
-def contents_of_tree(root: Path) -> dict[bytes, object]:
+class LeftOut(NamedTuple):
+    """What a policy leaves out of a tree, and how a test knows of it."""
+
+    filters: Filters
+    by_path: Callable[[bytes, bool], bool] = lambda path, is_dir: False
+    tag: bytes = b""  # a directory that holds this name counts as empty
+
+
+ALL = LeftOut(Filters())
+
+
+def contents_of_tree(root: Path, left_out: LeftOut = ALL) -> dict[bytes, object]:
     """The same of a live tree, without the directory that holds snapshots of it."""
     found: dict[bytes, object] = {}
     groups: dict[tuple[int, int], list[bytes]] = {}
@@ -168,12 +181,15 @@ def contents_of_tree(root: Path) -> dict[bytes, object]:
     stack = [b""]
     while stack:
         directory = stack.pop()
-        for name in os.listdir(top + directory):
+        names = os.listdir(top + directory)
+        for name in () if left_out.tag and left_out.tag in names else names:
             path = directory + b"/" + name
             if path == b"/" + HOLDING:
                 continue
             full = top + path
             s = os.lstat(full)
+            if left_out.by_path(path, st.S_ISDIR(s.st_mode)):
+                continue
             data: object = None
             if st.S_ISREG(s.st_mode):
                 data = Path(os.fsdecode(full)).read_bytes()

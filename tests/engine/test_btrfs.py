@@ -20,9 +20,10 @@ from cloudfs.backup.job import SyncResult
 from cloudfs.source.btrfs import session
 from cloudfs.source.btrfs.subvolume import ROOT_INODE
 from cloudfs.source.roots import HOLDING
+from cloudfs.source.scan import Filters
 from cloudfs.source.state import SourceState
 from tests.engine import btrfs
-from tests.engine.rig import Rig, contents_of_tree, difference
+from tests.engine.rig import LeftOut, Rig, contents_of_tree, difference
 from tests.engine.test_machine import PLACES, SIZES, Tree, hunt, judge_early
 
 FICLONE, FICLONERANGE = 0x40049409, 0x4020940D
@@ -113,6 +114,53 @@ def test_a_file_of_several_names_that_changed(rig: Rig, names: tuple[str, str], 
         sync_of_changes(rig)
 
 
+@pytest.mark.parametrize("pattern", ["*.tmp", "/new/below/out", "new/*/out"])
+def test_what_changed_in_a_directory_that_moved_where_patterns_leave_out(
+    rig: Rig, pattern: str
+) -> None:
+    """Each directory is judged once, and as what it is now left out of."""
+    left = LeftOut(
+        Filters(excludes=(pattern,)),
+        lambda path, is_dir: pattern != "*.tmp" and path == b"/new/below/out",
+    )
+    rig.filters = left.filters
+    for directory in ("old/below/deep", "beside"):
+        (rig.tree / directory).mkdir(parents=True)
+    for name in ("old/below/out", "old/below/deep/file", "beside/first"):
+        (rig.tree / name).write_text("one")
+    os.link(rig.tree / "beside/first", rig.tree / "beside/second")
+    rig.sync()
+    new = rig.tree / "new"
+    (rig.tree / "old").rename(new)
+    (new / "file").write_text("two")
+    os.link(new / "file", new / "further")
+    (new / "below/deep/file").write_text("two")
+    (rig.tree / "beside/first").rename(new / "first")
+    (rig.tree / "beside/second").rename(new / "below/second")
+    with (new / "first").open("a") as file:
+        file.write("two")
+    result = rig.sync()
+    assert not rig.notes
+    assert result.snapshot is not None
+    assert not difference(rig.contents(2), contents_of_tree(rig.tree, left))
+    stats = result.snapshot.stats
+    assert (stats.files, stats.dirs) == (5 if left.by_path(b"/new/below/out", False) else 6, 5)
+
+
+def test_a_file_of_several_names_that_changed_under_a_new_one_beside_a_subvolume(rig: Rig) -> None:
+    """Inodes of several subvolumes have equal numbers: a file that changed is not known by that."""
+    btrfs.subvolume(rig.tree / "within")
+    (rig.tree / "d").mkdir()
+    first, second, moved = (rig.tree / name for name in ("first", "d/second", "moved"))
+    first.write_bytes(os.urandom(20_000))
+    os.link(first, second)
+    sync_of_changes(rig)
+    first.rename(moved)
+    with moved.open("a") as file:
+        file.write("more")
+    sync_of_changes(rig)
+
+
 def test_a_file_of_several_names_that_changed_under_a_new_one(rig: Rig) -> None:
     """The stream tells of the new name alone; the directory of the other is listed, but from the
     record."""
@@ -167,6 +215,8 @@ class OnBtrfs(Tree):
         tree = btrfs.subvolume(self.base / "tree")
         self.rig = Rig(self.base, [tree], max_pack_bytes=5000, source="btrfs")
         self.models = {}
+
+    def prepare(self) -> None:
         self.sync(True)  # so that there is something to count from in every sequence
 
     @rule(force=hs.booleans())
@@ -219,8 +269,8 @@ class OnBtrfs(Tree):
 class OnSeveral(OnBtrfs):
     """The same with subvolumes within, whose inodes have equal numbers, and which come and go."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def prepare(self) -> None:
+        super().prepare()
         for name in ("a", "b"):
             btrfs.subvolume(self.rig.tree / name)
         self.sync(True)

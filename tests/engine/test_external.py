@@ -24,7 +24,7 @@ from cloudfs.source.external.command import Commands
 from cloudfs.source.scan import Filters
 from tests.engine import snapshotter
 from tests.engine.rig import Rig, contents_of_tree, difference
-from tests.engine.test_machine import Tree, hunt
+from tests.engine.test_machine import LEFT_OUT, Tree, hunt
 
 WAYS = ("full", "plain", "tops", "lists", "inodes")
 TOP = Path(__file__).parents[2]
@@ -130,6 +130,7 @@ def hunt_densely(seeds: range) -> None:
     for seed in seeds:
         choose = random.Random(seed)
         machine = Snapshotted()
+        machine.begin(choose.choice(LEFT_OUT))
         for _ in range(15):
             change_at_random(machine, choose)
         machine.sync(force=False)

@@ -14,16 +14,31 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as hs
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    rule,
+    run_state_machine_as_test,
+)
 
 from cloudfs.backup import dispatch, packs, revisit, walk
 from cloudfs.backup.job import SyncResult
-from tests.engine.rig import Rig, contents_of_tree, difference
+from cloudfs.source.scan import Filters
+from tests.engine.rig import ALL, LeftOut, Rig, contents_of_tree, difference
 
 NAMES = hs.sampled_from([b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8])
 PLACES = hs.lists(NAMES, min_size=1, max_size=3)
 SIZES = hs.sampled_from([0, 1, 4095, 4096, 4097, 9000, 40_000, 300_000, 4096 * 64 + 5])
 SEEDS = hs.integers(0, 2**32)
+
+
+LEFT_OUT = [
+    ALL,
+    LeftOut(Filters(excludes=("b",)), lambda path, is_dir: path.endswith(b"/b")),
+    LeftOut(Filters(excludes=("a/",)), lambda path, is_dir: is_dir and path.endswith(b"/a")),
+    LeftOut(Filters(excludes=("/a/b",)), lambda path, is_dir: path == b"/a/b"),
+    LeftOut(Filters(exclude_if_present=("b",)), tag=b"b"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +55,15 @@ class Tree(RuleBasedStateMachine):
         self.base = Path(tempfile.mkdtemp(prefix="cloudfs-machine-", dir="/dev/shm"))
         self.rig = Rig(self.base, max_pack_bytes=5000)
         self.models: dict[int, dict[bytes, object]] = {}
+
+    @initialize(left_out=hs.sampled_from(LEFT_OUT))
+    def begin(self, left_out: LeftOut) -> None:
+        self.left_out = left_out
+        self.rig.filters = left_out.filters
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What comes before all rules."""
 
     @property
     def mapped(self) -> list[mmap.mmap]:
@@ -89,6 +113,15 @@ class Tree(RuleBasedStateMachine):
         with contextlib.suppress(OSError):
             os.rename(self.path(a), self.path(b))
 
+    @rule(a=PLACES, b=PLACES, name=NAMES, seed=SEEDS)
+    def rename_and_change(self, a: list[bytes], b: list[bytes], name: bytes, seed: int) -> None:
+        """A directory, and what is in it, also by files of several names."""
+        with contextlib.suppress(OSError):
+            os.makedirs(self.path(a), exist_ok=True)
+            os.rename(self.path(a), self.path(b))
+            self.write([*b, b"in", name], 4097, seed)
+            self.link([*b, b"in", name], [*b, b"further"])
+
     @property
     def aside(self) -> bytes:
         """A place beside the tree."""
@@ -105,6 +138,30 @@ class Tree(RuleBasedStateMachine):
     def move_in(self, parts: list[bytes]) -> None:
         with contextlib.suppress(OSError):
             os.rename(self.aside, self.path(parts))
+
+    @property
+    def outside(self) -> bytes:
+        """A further name of a file, beside the tree."""
+        return os.fsencode(self.base / "outside")
+
+    @rule(parts=PLACES)
+    def link_out(self, parts: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            if os.path.lexists(self.outside):
+                os.unlink(self.outside)
+            os.link(self.path(parts), self.outside, follow_symlinks=False)
+
+    @rule(parts=PLACES)
+    def link_in(self, parts: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            os.link(self.outside, self.path(parts), follow_symlinks=False)
+
+    @rule(seed=SEEDS, mode=hs.integers(0o400, 0o777))
+    def change_outside(self, seed: int, mode: int) -> None:
+        if os.path.isfile(self.outside) and not os.path.islink(self.outside):
+            with open(self.outside, "r+b") as file:
+                file.write(random.Random(seed).randbytes(20))
+            os.chmod(self.outside, mode)
 
     @rule(a=PLACES, b=PLACES)
     def link(self, a: list[bytes], b: list[bytes]) -> None:
@@ -200,7 +257,7 @@ class Tree(RuleBasedStateMachine):
 
     def model(self) -> dict[bytes, object]:
         """What the tree is now."""
-        return contents_of_tree(self.rig.tree)
+        return contents_of_tree(self.rig.tree, self.left_out)
 
     @rule(force=hs.booleans())
     def sync(self, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -483,3 +484,24 @@ def test_a_name_that_cannot_be_looked_at(rig: Rig, tell: Tell, excludes: tuple[s
         assert result.unreadable == ([] if excludes else [(b"cache/doc", "permission denied")])
         assert rig.notes == []
     assert (b"/cache/doc/hidden" in rig.contents(2)) == (not excludes)
+
+
+def test_data_that_changed_without_a_time(rig: Rig, tell: Tell) -> None:
+    """A write that takes long moves the times when it begins, and a clock ticks slowly: what is
+    told is read whatever they say, and no more of it than is told."""
+    file = rig.tree / "file"
+    file.write_bytes(bytes(100_000))
+    with file.open("r+b") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0)
+    mapped[0] = mapped[50_000] = 1  # of these pages the next writes move no times
+    rig.sync()
+    mapped[0] = mapped[50_000] = 2
+    mapped.close()
+    tell(Changelist([DirChange(b"", b"", {b"file"}, {b"file": [(50_000, 50_001)]})]))
+    result = rig.sync()
+    assert result.changed == 1
+    assert result.snapshot is not None
+    assert result.snapshot.stats.bytes_read == rig.block_size
+    tell(Changelist([DirChange(b"", b"", {b"file"}, {b"file": [(0, 1)]})]))
+    rig.sync()
+    assert not difference(rig.contents(3), contents_of_tree(rig.tree))
