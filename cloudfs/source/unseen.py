@@ -6,20 +6,26 @@
 2. By asynchronous requests (io_submit(2)), as some databases and virtual machines write. Who has a
    ring for them shows "/[aio]" among its mappings; then all files that it has open for writing are
    taken for such.
-3. By the kernel itself, into the file behind a loop device.
+3. By the kernel itself, into the file behind a loop device. The device says which that is; the path
+   in */sys* is one of where the device was set up, which may be another mount namespace.
 4. In one of these ways through an overlay of several file systems, as containers do it: then the
    file is another one to its user, and really lies in the upper directory of the overlay.
 
-What other machines, or processes that this one may not see, do with a file is not seen here.
+What other machines do with a file is not seen here; nor what processes do that this one does not
+see, or that are kept from whoever may look into others (CAP_SYS_PTRACE), as some sandboxes do it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import stat as st
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloudfs.source.inode import Inode
@@ -30,6 +36,19 @@ _SHARED = re.compile(
 )
 _RING = b"/[aio]"
 _LOOPS = "/sys/block"
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO = struct.Struct("=QQ216x")  # struct loop_info64: the file's device and inode
+
+_CAP_SYS_PTRACE = 19
+_ENDED = (FileNotFoundError, ProcessLookupError)  # the process, since it was listed
+
+
+@dataclass
+class Written:
+    """What is being written to. ``hidden`` says of what that could not be seen, if of any."""
+
+    inodes: set[Inode] = field(default_factory=set)
+    hidden: str = ""
 
 
 def mapped() -> set[Inode]:
@@ -64,23 +83,63 @@ def settle_mapped(device: int) -> None:
                     os.close(fd)
 
 
-def being_written() -> set[Inode]:
+def being_written() -> Written:
     """The files of 1 to 4."""
-    overlays = Overlays()
-    found = set(_behind_loops(overlays))
-    for pid, maps in _all_maps():
-        found.update(_shared(pid, maps, overlays))
+    found, overlays = Written(), Overlays()
+    _behind_loops(found, overlays)
+    hidden: dict[str, OSError] = {}
+    for pid, maps in _all_maps(hidden):
+        found.inodes.update(_shared(pid, maps, overlays))
         if _RING in maps:
-            with contextlib.suppress(OSError):
-                found.update(_open_for_writing(pid, overlays))
+            try:
+                found.inodes.update(_open_for_writing(pid, overlays))
+            except _ENDED:
+                continue
+            except OSError as error:
+                hidden[pid] = error
+    for pid, refused in hidden.items():
+        if not isinstance(refused, PermissionError) or not _may_look():
+            words = (refused.strerror or str(refused)).lower()
+            found.hidden = f"what process {pid} writes to cannot be seen: {words}"
     return found
 
 
-def _all_maps() -> Iterator[tuple[str, bytes]]:
-    for pid in os.listdir("/proc"):
-        if pid.isdigit():
-            with contextlib.suppress(OSError):  # the process ended, or is another user's
-                yield pid, Path(f"/proc/{pid}/maps").read_bytes()
+def _may_look() -> bool:
+    """Whether this process may look into all others."""
+    capabilities = re.search(rb"^CapEff:\s*(\w+)", Path("/proc/self/status").read_bytes(), re.M)
+    return capabilities is not None and bool(int(capabilities[1], 16) >> _CAP_SYS_PTRACE & 1)
+
+
+def _all_maps(hidden: dict[str, OSError] | None = None) -> Iterator[tuple[str, bytes]]:
+    """What each process has mapped. ``hidden`` gets those that this one may not look into."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            task, maps = _living(pid)
+        except OSError as error:
+            if hidden is not None:
+                hidden[pid] = error
+        else:
+            if maps:
+                yield task, maps
+
+
+def _living(pid: str) -> tuple[str, bytes]:
+    """A task of a process, and what it has mapped: nothing is seen of that in the first one when
+    that has ended before the others. No task of the kernel has anything."""
+    maps = _maps_of(pid)
+    if not maps:
+        with contextlib.suppress(*_ENDED):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                if task != pid and (maps := _maps_of(task)):
+                    return task, maps
+    return pid, maps
+
+
+def _maps_of(task: str) -> bytes:
+    try:
+        return Path(f"/proc/{task}/maps").read_bytes()
+    except _ENDED:
+        return b""
 
 
 def _shared(pid: str, maps: bytes, overlays: Overlays) -> Iterator[Inode]:
@@ -104,14 +163,28 @@ def _open_for_writing(pid: str, overlays: Overlays) -> Iterator[Inode]:
                         yield from overlays.really(pid, entry.path, status)
 
 
-def _behind_loops(overlays: Overlays) -> Iterator[Inode]:
+def _behind_loops(found: Written, overlays: Overlays) -> None:
     for name in os.listdir(_LOOPS) if os.path.isdir(_LOOPS) else ():
         if name.startswith("loop"):
-            with (
-                contextlib.suppress(OSError),
-                open(f"{_LOOPS}/{name}/loop/backing_file", "rb") as f,
-            ):
-                path = f.read().rstrip(b"\n")
-                yield from overlays.beneath("self", path)
-                status = os.stat(path)
-                yield status.st_dev, status.st_ino
+            with contextlib.suppress(OSError):  # no file is behind it
+                path = Path(f"{_LOOPS}/{name}/loop/backing_file").read_bytes().rstrip(b"\n")
+                found.inodes.update(overlays.beneath("self", path))
+                try:
+                    found.inodes.add(_behind(f"/dev/{name}", path))
+                except OSError as error:
+                    if error.errno != errno.ENXIO:  # none any more
+                        found.hidden = f"the file behind /dev/{name} cannot be told"
+
+
+def _behind(device: str, path: bytes) -> Inode:
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    try:
+        info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO.size))
+    finally:
+        os.close(fd)
+    found: Inode = _LOOP_INFO.unpack(info)
+    return found

@@ -12,6 +12,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
 from tests.engine.btrfs import run
 from tests.engine.watched import Watched, heard, settle
+from tests.fuse.conftest import wait_until
 
 
 @pytest.fixture
@@ -325,6 +327,83 @@ def test_the_file_behind_a_loop_device(watched: Watched, tmp_path: Path) -> None
             heard(watched)
     finally:
         run("umount", place)
+
+
+def test_a_loop_device_of_another_namespace(watched: Watched, tmp_path: Path) -> None:
+    """The path that the kernel shows is one of where the device was set up."""
+    image, place = watched.tree / "image", tmp_path / "elsewhere"
+    image.write_bytes(b"x" * (1 << 20))
+    place.mkdir()
+    settle(watched)
+    script = 'mount --bind "$0" "$1" && losetup -f --show "$1"/image'
+    command = ["unshare", "-m", "sh", "-c", script, watched.tree, place]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        fd = os.open(device, os.O_WRONLY)
+        os.pwrite(fd, b"written", 8192)
+        os.fsync(fd)
+        os.close(fd)
+        heard(watched)
+    finally:
+        run("losetup", "-d", device)
+
+
+MAIN_THREAD_ENDS = """
+import ctypes, mmap, platform, sys, threading
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+def work():
+    sys.stdin.readline()
+    mapped[5000] = 1
+    print("written", flush=True)
+    sys.stdin.readline()
+threading.Thread(target=work).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)
+"""
+
+
+def test_a_mapping_of_a_process_whose_main_thread_ended(watched: Watched) -> None:
+    """Its other threads go on; what is mapped is seen in them alone."""
+    path = watched.tree / "mapped"
+    path.write_bytes(b"x" * 10_000)
+    command = [sys.executable, "-c", MAIN_THREAD_ENDS, path]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        wait_until(lambda: "(zombie)" in Path(f"/proc/{process.pid}/status").read_text())
+        settle(watched)
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "written\n"
+        heard(watched)
+        process.communicate("\n")
+
+
+@contextlib.contextmanager
+def without_capability(number: int) -> Iterator[None]:
+    """This thread, without one of its capabilities in effect."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(head, sets) == 0
+    place = number // 32 * 3
+    sets[place] &= ~(1 << number % 32)
+    assert libc.capset(head, sets) == 0
+    try:
+        yield
+    finally:
+        sets[place] |= 1 << number % 32
+        assert libc.capset(head, sets) == 0
+
+
+def test_processes_that_may_not_be_looked_into(watched: Watched) -> None:
+    settle(watched)
+    cap_sys_ptrace = 19
+    with without_capability(cap_sys_ptrace):
+        watched.sync()
+    assert "cannot be seen: permission denied" in watched.notes[0]
+    (watched.tree / "file").write_text("text")
+    heard(watched)
 
 
 def test_an_inode_number_that_is_used_again(watched: Watched) -> None:

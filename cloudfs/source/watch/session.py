@@ -20,10 +20,9 @@ from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.watched import WatchedSet
-from cloudfs.source.inode import Inode
 from cloudfs.source.ready import Ready
 from cloudfs.source.state import SourceState, scanning
-from cloudfs.source.unseen import being_written
+from cloudfs.source.unseen import Written, being_written
 from cloudfs.source.watch import client
 from cloudfs.source.watch.places import LeavesOut, Places, places_of
 from cloudfs.source.watch.protocol import EVENTS, Answer, Base, Question
@@ -97,12 +96,14 @@ class WatchSource:
             return "the source, or a file system mounted within, is another one than before"
         return ""
 
-    def _changes(self, closed: Answer, places: Places, written: set[Inode]) -> Changelist:
+    def _changes(self, closed: Answer, places: Places, written: Written) -> Changelist:
         """What was heard of since the base. Raises SourceError where that cannot be told."""
+        if written.hidden:
+            raise SourceError(written.hidden)
         devices = {place.device for place in places.found}
         found = self._heard(closed.first, closed.epoch, places)
         assert found.inodes is not None
-        found.inodes.update((inode, None) for device, inode in written if device in devices)
+        found.inodes.update((inode, None) for device, inode in written.inodes if device in devices)
         return found
 
     def _heard(self, first: int, last: int, places: Places) -> Changelist:
@@ -126,7 +127,7 @@ class WatchSource:
         except SourceError:
             return None
         assert found.inodes is not None
-        found.inodes.update((inode, None) for _, inode in being_written())
+        found.inodes.update((inode, None) for _, inode in being_written().inodes)
         return found
 
     def _keep(self, record: SnapshotRecord, closed: Answer, places: Places) -> None:
