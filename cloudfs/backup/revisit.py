@@ -66,13 +66,15 @@ class Revisit(Walk):
         further: dict[int, DirChange] = {}
         for inode in changes.inodes or ():
             self._add_names(inode, todo, further)
+        for inode in changes.looks:
+            self._add_names(inode, todo, further, told=False)
         for lin in self._state.head.again:
             _either(lin, todo, further).whole = True
         for lin, change in todo.items():
             self._revisit(lin, change, further)
             self._take_turns()
         self._settle(scan_parts, quota)
-        looked_at = set(changes.inodes or ())
+        looked_at = changes.looks.union(changes.inodes or ())
         while further or self._linked() - looked_at:
             for inode in self._linked() - looked_at:
                 looked_at.add(inode)
@@ -118,12 +120,21 @@ class Revisit(Walk):
         return found
 
     def _add_names(
-        self, inode: int, todo: dict[int, DirChange], further: dict[int, DirChange]
+        self,
+        inode: int,
+        todo: dict[int, DirChange],
+        further: dict[int, DirChange],
+        *,
+        told: bool = True,
     ) -> None:
         """Let all names on record of an inode be looked at."""
         ranges = (self._changes.inodes or {}).get(inode)
         for lin, name in self._known_names.names(inode):
             change = _either(lin, todo, further)
+            if told:
+                change.looks.discard(name)
+            elif name not in change.names:
+                change.looks.add(name)
             change.names.add(name)
             if ranges is not None:
                 change.ranges.setdefault(name, []).extend(ranges)
@@ -189,10 +200,12 @@ class Revisit(Walk):
         if not self._changes.reread:
             return msgspec.structs.replace(record, doubtful=doubtful)
         fresh = set(record.doubtful)
+        told = change.names - change.looks
         named = [
             index
             for index, stat in enumerate(decode_listing(record.listing))
-            if stat.name in change.names and (stat.is_file or index in fresh)
+            if (stat.name in told and stat.is_file)
+            or (stat.name in change.names and index in fresh)
         ]
         doubtful = sorted({*doubtful, *named})
         signature = b"" if doubtful else record.signature

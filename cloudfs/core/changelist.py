@@ -18,7 +18,7 @@ class DirChange:
 
     Paths are below the source, without a slash at either end; b"" is the source itself.
     ``ranges`` says for a name with data changes where they are. A file that is among the names and
-    not among the ranges kept its data.
+    not among the ranges kept its data. Of what is among the ``looks`` as well, nothing was told.
     """
 
     path: bytes
@@ -26,6 +26,7 @@ class DirChange:
     names: set[bytes] = field(default_factory=set)
     ranges: dict[bytes, list[Range]] = field(default_factory=dict)
     whole: bool = False  # all names in it
+    looks: set[bytes] = field(default_factory=set)
     inode: int = 0  # what stands at ``path`` must have this number; 0: whatever stands there
 
 
@@ -36,15 +37,17 @@ class Changelist:
     ``inodes`` are items of which a source knows the inode number and no name, with what of their
     data can be others (None: all): each of their names on record is looked at. None for a source
     that names every name of what it names. With ``reread`` the data of all named files is compared,
-    even where lstat says that nothing changed. ``elsewhere`` are inode numbers of directories in
-    which something changed, and which were not in the tree when they were looked for. ``tops`` are
-    the paths at which the file systems of the tree are reached, where there may be several: numbers
-    below one say nothing of what is below another.
+    even where lstat says that nothing changed. ``looks`` are further inode numbers, of files that
+    may be others though nothing was told of them: then lstat says so. ``elsewhere`` are inode
+    numbers of directories in which something changed, and which were not in the tree when they were
+    looked for. ``tops`` are the paths at which the file systems of the tree are reached, where there
+    may be several: numbers below one say nothing of what is below another.
     """
 
     dirs: list[DirChange] = field(default_factory=list)
     inodes: dict[int, list[Range] | None] | None = None
     reread: bool = False
+    looks: set[int] = field(default_factory=set)
     elsewhere: set[int] = field(default_factory=set)
     tops: list[bytes] = field(default_factory=list)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat as st
 
-from cloudfs.source.inode import Inode
+from cloudfs.source.inode import Inode, StatReader
 from cloudfs.source.mounts import Mount, mounts
 
 _UPPER = re.compile(rb",upperdir=(/[^,]*)")
@@ -21,12 +22,16 @@ class Overlays:
 
     def __init__(self) -> None:
         self._mounts: dict[str, list[Mount]] = {}  # by mount namespace
+        self._reader = StatReader()
 
-    def really(self, pid: str, link: str, status: os.stat_result) -> set[Inode]:
-        """The inodes of what a link in */proc* of a process leads to: its own, and that in the
-        upper directory."""
-        found = {(status.st_dev, status.st_ino)}
-        if os.major(status.st_dev) == 0:  # a file system without a device
+    def really(self, pid: str, link: str) -> set[Inode]:
+        """The inodes of the file that a link in */proc* of a process leads to: its own, and that in
+        the upper directory. None where it is no regular file. Raises OSError."""
+        status = self._reader.behind(link)
+        if not st.S_ISREG(status.mode):
+            return set()
+        found = {(status.dev, status.ino)}
+        if os.major(status.dev) == 0:  # a file system without a device
             with contextlib.suppress(OSError):  # the process ended, or closed it
                 found |= self.beneath(pid, os.fsencode(os.readlink(link)))
         return found

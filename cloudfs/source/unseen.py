@@ -10,6 +10,9 @@
    in */sys* is one of where the device was set up, which may be another mount namespace.
 4. In one of these ways through an overlay of several file systems, as containers do it: then the
    file is another one to its user, and really lies in the upper directory of the overlay.
+5. By 1 or 2, or by io_uring(7), while it stays open after the mapping or the ring has gone. That
+   moves the file's times, but nothing is told of it either. So what is open for writing, or mapped
+   shared though not to be written to any more, is to be looked at.
 
 What other machines do with a file is not seen here; nor what processes do that this one does not
 see, or that are kept from whoever may look into others (CAP_SYS_PTRACE), as some sandboxes do it.
@@ -31,9 +34,9 @@ from pathlib import Path
 from cloudfs.source.inode import Inode
 from cloudfs.source.overlays import Overlays
 
-_SHARED = re.compile(
-    rb"^([0-9a-f]+-[0-9a-f]+) .w.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)", re.M
-)
+_MAPPED = rb"^([0-9a-f]+-[0-9a-f]+) .%b.s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) ([1-9]\d*)"
+_SHARED = re.compile(_MAPPED % b"w", re.M)
+_SHARED_TO_READ = re.compile(_MAPPED % b"-", re.M)
 _RING = b"/[aio]"
 _LOOPS = "/sys/block"
 _LOOP_GET_STATUS64 = 0x4C05
@@ -47,7 +50,8 @@ _ENDED = (FileNotFoundError, ProcessLookupError)  # the process, since it was li
 class Written:
     """What is being written to. ``hidden`` says of what that could not be seen, if of any."""
 
-    inodes: set[Inode] = field(default_factory=set)
+    inodes: set[Inode] = field(default_factory=set)  # of 1 to 4: whatever their times say
+    opened: set[Inode] = field(default_factory=set)  # of 5, and more: their times tell
     hidden: str = ""
 
 
@@ -84,19 +88,20 @@ def settle_mapped(device: int) -> None:
 
 
 def being_written() -> Written:
-    """The files of 1 to 4."""
+    """The files of 1 to 5."""
     found, overlays = Written(), Overlays()
     _behind_loops(found, overlays)
     hidden: dict[str, OSError] = {}
     for pid, maps in _all_maps(hidden):
         found.inodes.update(_shared(pid, maps, overlays))
-        if _RING in maps:
-            try:
-                found.inodes.update(_open_for_writing(pid, overlays))
-            except _ENDED:
-                continue
-            except OSError as error:
-                hidden[pid] = error
+        found.opened.update(_shared(pid, maps, overlays, _SHARED_TO_READ))
+        try:
+            opened = found.inodes if _RING in maps else found.opened
+            opened.update(_open_for_writing(pid, overlays))
+        except _ENDED:
+            continue
+        except OSError as error:
+            hidden[pid] = error
     for pid, refused in hidden.items():
         if not isinstance(refused, PermissionError) or not _may_look():
             words = (refused.strerror or str(refused)).lower()
@@ -142,15 +147,14 @@ def _maps_of(task: str) -> bytes:
         return b""
 
 
-def _shared(pid: str, maps: bytes, overlays: Overlays) -> Iterator[Inode]:
-    for span, major, minor, inode in _SHARED.findall(maps):
-        link = f"/proc/{pid}/map_files/{span.decode()}"
+def _shared(
+    pid: str, maps: bytes, overlays: Overlays, how: re.Pattern[bytes] = _SHARED
+) -> Iterator[Inode]:
+    for span, major, minor, inode in how.findall(maps):
         try:
-            status = os.stat(link)
+            yield from overlays.really(pid, f"/proc/{pid}/map_files/{span.decode()}")
         except OSError:  # unmapped since, or not allowed; btrfs shows another device than this
             yield os.makedev(int(major, 16), int(minor, 16)), int(inode)
-        else:
-            yield from overlays.really(pid, link, status)
 
 
 def _open_for_writing(pid: str, overlays: Overlays) -> Iterator[Inode]:
@@ -158,9 +162,7 @@ def _open_for_writing(pid: str, overlays: Overlays) -> Iterator[Inode]:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_mode & st.S_IWUSR:
-                    status = entry.stat()
-                    if st.S_ISREG(status.st_mode):
-                        yield from overlays.really(pid, entry.path, status)
+                    yield from overlays.really(pid, entry.path)
 
 
 def _behind_loops(found: Written, overlays: Overlays) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
 
     def setting(changes: Changelist) -> None:
         said.dirs, said.inodes, said.reread = changes.dirs, changes.inodes, changes.reread
+        said.looks = changes.looks
 
     return setting
 
@@ -505,3 +507,27 @@ def test_data_that_changed_without_a_time(rig: Rig, tell: Tell) -> None:
     tell(Changelist([DirChange(b"", b"", {b"file"}, {b"file": [(0, 1)]})]))
     rig.sync()
     assert not difference(rig.contents(3), contents_of_tree(rig.tree))
+
+
+def test_files_of_which_nothing_was_told(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read only where lstat says that they are others."""
+    inodes = set()
+    for name in ("same", "other"):
+        (rig.tree / name).write_text("text")
+        inodes.add((rig.tree / name).stat().st_ino)
+    time.sleep(0.05)  # so that they are not read just because they are fresh
+    rig.sync()
+    (rig.tree / "other").write_text("another")
+    read, real = [], FileReader._item
+
+    def reading(*what: Any) -> None:
+        read.append(what[5].name)
+        real(*what)
+
+    monkeypatch.setattr(FileReader, "_item", reading)
+    tell(Changelist([], {}, reread=True, looks=inodes))
+    rig.sync()
+    assert read == [b"other"]
+    assert not difference(rig.contents(2), contents_of_tree(rig.tree))

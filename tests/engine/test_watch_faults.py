@@ -243,9 +243,9 @@ def test_asynchronous_writes_and_loops_through_an_overlay(watched: Watched, tmp_
         (watched.tree / "upper" / name).write_bytes(b"x" * (1 << 20))
     settle(watched)
     with overlaid(watched, tmp_path) as place:
-        with (place / "database").open("r+b") as file:
+        with (place / "database").open("r+b") as file, asynchronous() as ring:
             for turn in range(3):
-                write_asynchronously(file.fileno(), b"turn %d" % turn, 4000)
+                write_asynchronously(ring, file.fileno(), b"turn %d" % turn, 4000)
                 time.sleep(0.05)
                 heard(watched)
         setup = subprocess.run(
@@ -279,24 +279,74 @@ def test_a_mapping_that_stays(watched: Watched) -> None:
     assert mapped_again.snapshot is None
 
 
+def test_a_mapping_that_ended(watched: Watched) -> None:
+    """Nothing is told of what was written through it while the file stays open."""
+    path = watched.tree / "mapped"
+    path.write_bytes(b"x" * 10_000)
+    time.sleep(0.05)  # so that it is not read just because it is fresh
+    settle(watched)
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            mapped[5000] = 1
+        heard(watched)
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            mapped[5000] = 2
+            heard(watched)
+            mapped[5000] = 3  # which moves no times
+        heard(watched)
+        assert watched.sync().snapshot is None
+
+
+def test_a_mapping_that_is_no_longer_writable(watched: Watched) -> None:
+    path = watched.tree / "mapped"
+    path.write_bytes(b"x" * 8192)
+    time.sleep(0.05)
+    settle(watched)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = address = ctypes.c_void_p
+    libc.mprotect.argtypes = address, ctypes.c_size_t, ctypes.c_int
+    libc.munmap.argtypes = address, ctypes.c_size_t
+    with path.open("r+b") as file:
+        readable, both = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+        mapped = libc.mmap(None, 8192, both, mmap.MAP_SHARED, file.fileno(), ctypes.c_long(0))
+    ctypes.memset(mapped, 0, 100)
+    assert libc.mprotect(mapped, 8192, readable) == 0
+    heard(watched)
+    assert libc.munmap(mapped, 8192) == 0
+
+
 def test_asynchronous_writes(watched: Watched) -> None:
     """Nothing is told of them until the file is closed."""
     path = watched.tree / "database"
     path.write_bytes(b"x" * 10_000)
     settle(watched)
     with path.open("r+b") as file:
-        for turn in range(3):
-            write_asynchronously(file.fileno(), b"turn %d" % turn, 4000)
-            time.sleep(0.05)  # so that the file's times differ from those of the last turn
-            heard(watched)
+        with asynchronous() as ring:
+            for turn in range(3):
+                write_asynchronously(ring, file.fileno(), b"turn %d" % turn, 4000)
+                time.sleep(0.05)  # so that the file's times differ from those of the last turn
+                heard(watched)
+            write_asynchronously(ring, file.fileno(), b"the last", 4000)
+        heard(watched)
 
 
-def write_asynchronously(fd: int, data: bytes, offset: int) -> None:
-    """Write by io_submit, and keep the ring for as long as the process lives."""
-    setup, submit, getevents = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}[platform.machine()]
+@contextlib.contextmanager
+def asynchronous() -> Iterator[ctypes.c_ulong]:
+    """A ring for asynchronous requests."""
+    setup, destroy = {"x86_64": (206, 207), "aarch64": (0, 1)}[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
     ring = ctypes.c_ulong(0)
     assert libc.syscall(setup, 8, ctypes.byref(ring)) == 0
+    try:
+        yield ring
+    finally:
+        libc.syscall(destroy, ring)
+
+
+def write_asynchronously(ring: ctypes.c_ulong, fd: int, data: bytes, offset: int) -> None:
+    """Write by io_submit."""
+    submit, getevents = {"x86_64": (209, 208), "aarch64": (2, 4)}[platform.machine()]
+    libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(data)
     pwrite = 1
     request = ctypes.create_string_buffer(

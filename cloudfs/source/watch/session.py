@@ -104,6 +104,7 @@ class WatchSource:
         found = self._heard(closed.first, closed.epoch, places)
         assert found.inodes is not None
         found.inodes.update((inode, None) for device, inode in written.inodes if device in devices)
+        found.looks.update(inode for device, inode in written.opened if device in devices)
         return found
 
     def _heard(self, first: int, last: int, places: Places) -> Changelist:
@@ -127,7 +128,8 @@ class WatchSource:
         except SourceError:
             return None
         assert found.inodes is not None
-        found.inodes.update((inode, None) for _, inode in being_written().inodes)
+        written = being_written()
+        found.inodes.update((inode, None) for _, inode in written.inodes | written.opened)
         return found
 
     def _keep(self, record: SnapshotRecord, closed: Answer, places: Places) -> None:
