@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
@@ -23,7 +24,7 @@ from cloudfs.core.treediff import TreeDiff, fingerprint
 from cloudfs.db.state import SyncState
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.roots import Roots
-from cloudfs.source.scan import ScanOutcome, ScanPart
+from cloudfs.source.scan import ScanOutcome, ScanPart, is_fresh
 
 QUOTA = 4096
 """Entries that one step of a walk visits before it lets others have their turn."""
@@ -82,8 +83,8 @@ class Walk:
 
     def _begin(self) -> None:
         """The root, as an entry without a name of a directory that nothing names."""
-        listing = self._roots.root_listing()
-        scan = _made_up_scan(TOP, listing, [(0, b"", 0)])
+        now_ns, listing = time.time_ns(), self._roots.root_listing()
+        scan = _made_up_scan(TOP, listing, [(0, b"", 0)], now_ns)
         record = self._state.record(TOP) if not self.first else None
         if record is None:
             task = DirTask(TOP, b"", listing, [(ROOT_LIN, 1)], None, [])
@@ -91,7 +92,7 @@ class Walk:
             self.diff.tally.new += 1
             self._queue_root(task)
             self.counts.add(scan.counts)
-        elif record.signature != scan.signature:
+        elif not _as_recorded(scan, record):
             self.diff.take(scan, record)
         self._waiting = [(ROOT_LIN, b"", 0)]
 
@@ -127,9 +128,10 @@ class Walk:
         return bool(self._waiting)
 
     def _top_scan(self) -> DirScan:
-        listing = self._roots.top_listing()
+        now_ns, listing = time.time_ns(), self._roots.top_listing()
         stats = decode_listing(listing)
-        return _made_up_scan(ROOT_LIN, listing, [(i, s.name, 0) for i, s in enumerate(stats)])
+        below = [(i, s.name, 0) for i, s in enumerate(stats)]
+        return _made_up_scan(ROOT_LIN, listing, below, now_ns)
 
     def _take_first(self, scan: DirScan) -> None:
         task, record, visits = self.diff.take_new(scan)
@@ -179,7 +181,7 @@ class Walk:
 
     def _visit_top(self) -> list[Visit]:
         scan, record = self._top_scan(), self._state.record(ROOT_LIN)
-        if record is not None and record.signature == scan.signature and self._trust:
+        if record is not None and _as_recorded(scan, record) and self._trust:
             self.items_seen += record.counts.items
             return [(lin, name, 0) for name, lin in record.subdirs]
         return self.diff.take(scan, record) or self.diff.settle(
@@ -354,15 +356,23 @@ class Walk:
             self._staged = []
 
 
-def _made_up_scan(lin: int, listing: bytes, subdirs: list[tuple[int, bytes, int]]) -> DirScan:
-    counts = Counts()
-    for stat in decode_listing(listing):
+def _made_up_scan(
+    lin: int, listing: bytes, subdirs: list[tuple[int, bytes, int]], now_ns: int
+) -> DirScan:
+    counts, doubtful = Counts(), []
+    for index, stat in enumerate(decode_listing(listing)):
         counts.count(stat)
-    signature = xxhash.xxh3_128_digest(listing)
-    return DirScan(lin, b"", 0, signature, listing, subdirs, [], [], counts)
+        if is_fresh(stat.ctime_ns, now_ns):
+            doubtful.append(index)
+    signature = b"" if doubtful else xxhash.xxh3_128_digest(listing)
+    return DirScan(lin, b"", 0, signature, listing, subdirs, [], doubtful, counts)
+
+
+def _as_recorded(scan: DirScan, record: DirRecord) -> bool:
+    return scan.signature != b"" and scan.signature == record.signature
 
 
 def _record_of(scan: DirScan, first_lin: int) -> DirRecord:
     subdirs = [(name, first_lin + index) for index, name, _ in scan.subdirs]
     runs = [(first_lin, scan.counts.items)]
-    return DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts)
+    return DirRecord(scan.signature, scan.listing, runs, subdirs, scan.counts, scan.doubtful)

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cloudfs.backup import files, packs
 from cloudfs.core.errors import CloudfsError
-from cloudfs.source import inode, scan
+from cloudfs.core.rows import ROOT_LIN
+from cloudfs.source import inode, roots, scan
 from tests.cli.conftest import Machine
 from tests.cli.test_secrets import environments
 from tests.engine.rig import Rig, contents_of_tree, difference
@@ -66,6 +68,33 @@ def test_writes_within_one_tick_of_the_clock(rig: Rig, monkeypatch: pytest.Monke
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         rig.sync(force=True)
         assert_last(rig)
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_the_attributes_of_a_source_within_one_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    """No directory of the tree names it."""
+    sources = [tmp_path / name for name in names]
+    for source in sources:
+        source.mkdir()
+    rig = Rig(tmp_path, sources=sources)
+    real, second = roots._stat, time.time_ns() // TICK_NS * TICK_NS
+
+    def coarse(*what: Any, **more: Any) -> Any:
+        return msgspec.structs.replace(real(*what, **more), ctime_ns=second)
+
+    monkeypatch.setattr(roots, "_stat", coarse)
+    monkeypatch.setattr(scan, "COARSE_TICK_NS", 10**12)
+    for turn in b"1", b"2":
+        os.setxattr(rig.tree, "user.turn", turn)
+        rig.sync()
+        history = rig.history()
+        view = history.view(history.snapshots[-1].number)
+        source = view.meta(ROOT_LIN if len(names) == 1 else view.entries(ROOT_LIN)[0].lin)
+        assert source is not None
+        assert view.xattrs(source) == {b"user.turn": turn}
+        history.repository.local.close()
 
 
 def test_data_changed_and_mtime_put_back(rig: Rig) -> None:
