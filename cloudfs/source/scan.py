@@ -74,6 +74,14 @@ class Filters(msgspec.Struct, frozen=True):
         """Whether a file in a directory may leave out what else is in it."""
         return bool(self.exclude_if_present or self.exclude_caches)
 
+    @property
+    def by_path(self) -> bool:
+        """Whether what is left out in a directory depends on where that is: by a pattern with a
+        slash before its end, or by one that takes back what another may have said of a name above.
+        """
+        patterns = [pattern.strip().removesuffix("/") for pattern in self.excludes]
+        return any("/" in pattern or pattern.startswith("!") for pattern in patterns)
+
     def leaves_out(self, path: bytes) -> bool:
         """Whether a directory of another file system, at a path below its source, is left out."""
         if self.one_file_system:

@@ -531,3 +531,33 @@ def test_files_of_which_nothing_was_told(
     rig.sync()
     assert read == [b"other"]
     assert not difference(rig.contents(2), contents_of_tree(rig.tree))
+
+
+@pytest.mark.parametrize(
+    ("excludes", "whole"),
+    [
+        (("*.tmp", "cache/"), False),
+        (("*.tmp", "/moved/below/extra"), True),
+        (("below/extra",), True),
+        (("moved", "!moved/"), True),
+    ],
+)
+def test_what_moved_is_looked_at_whole_only_where_patterns_go_by_paths(
+    rig: Rig, tell: Tell, listed: list[bytes], excludes: tuple[str, ...], whole: bool
+) -> None:
+    place = rig.tree / "known" / "below"
+    place.mkdir(parents=True)
+    for name in ("file", "extra", "left.tmp"):
+        (place / name).write_text(name)
+    rig.filters = Filters(excludes)
+    rig.sync()
+    (rig.tree / "known").rename(rig.tree / "moved")
+    listed.clear()
+    tell(Changelist([DirChange(b"", b"", {b"known", b"moved"})]))
+    rig.sync()
+    assert set(listed) == ({b"moved", b"moved/below"} if whole else set())
+    found = rig.contents(2)
+    rig.forget_local()  # so that the tree is scanned
+    rig.sync(force=True)
+    assert any("is scanned" in note for note in rig.notes)
+    assert found == rig.contents(3)
