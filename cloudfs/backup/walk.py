@@ -168,9 +168,9 @@ class Walk:
         found: list[Visit] = []
         for lin, record in self._state.all_records():
             stats = decode_listing(record.listing)
-            if lin in self.unread or self.diff.has_taken(lin):
+            if inodes.isdisjoint(stat.ino for stat in stats if not stat.is_dir):
                 continue
-            if inodes.isdisjoint(stat.ino for stat in stats):
+            if lin in self.unread or self.diff.has_taken(lin):
                 continue
             path = known.path(lin, self._moved)
             if path is not None and not any(map(is_gone, known.above(lin, self._moved))):

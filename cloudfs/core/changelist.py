@@ -40,8 +40,8 @@ class Changelist:
     even where lstat says that nothing changed. ``looks`` are further inode numbers, of files that
     may be others though nothing was told of them: then lstat says so. ``elsewhere`` are inode
     numbers of directories in which something changed, and which were not in the tree when they were
-    looked for. ``tops`` are the paths at which the file systems of the tree are reached, where there
-    may be several: numbers below one say nothing of what is below another.
+    looked for. ``tops`` are the paths at which the file systems of the tree are reached, where
+    there may be several: numbers below one say nothing of what is below another.
     """
 
     dirs: list[DirChange] = field(default_factory=list)

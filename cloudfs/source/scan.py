@@ -63,13 +63,6 @@ class Filters(msgspec.Struct, frozen=True):
         return bool(self.excludes) or self.by_tag
 
     @property
-    def by_path(self) -> bool:
-        """Whether what is left out of a directory depends on where that is."""
-        return any(
-            "/" in word.removeprefix("!").removeprefix("**/").rstrip("/") for word in self.excludes
-        )
-
-    @property
     def by_tag(self) -> bool:
         """Whether a file in a directory may leave out what else is in it."""
         return bool(self.exclude_if_present or self.exclude_caches)
