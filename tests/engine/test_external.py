@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
 from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
@@ -332,6 +334,36 @@ def test_ranges_are_all_that_is_read(rig: Rig) -> None:
     assert rig.notes == []
     assert result.snapshot is not None
     assert result.snapshot.stats.bytes_read == 10_000 - 8192
+    same(rig, 2)
+
+
+Ranges = list[tuple[int, int]]
+
+
+def lines_of(whose: dict[str, object], lines: list[Ranges]) -> list[bytes]:
+    """Lines that tell of changed ranges: start and length of each."""
+    told_of = [{**whose, "kind": "changed", "ranges": ranges} for ranges in lines]
+    return [json.dumps(line).encode() for line in [*told_of, {"complete": True}]]
+
+
+@given(hs.lists(hs.lists(hs.tuples(hs.integers(0, 60), hs.integers(0, 9)), max_size=6), min_size=1))
+def test_ranges_in_any_order_and_lines_cover_the_same_bytes(lines: list[Ranges]) -> None:
+    """Whoever looks for a byte in them goes by their being sorted and apart."""
+    wanted = {at for ranges in lines for start, size in ranges for at in range(start, start + size)}
+    by_path = told.read_told(lines_of({"path": "f"}, lines), "sh").data[b"f"]
+    assert by_path is not None
+    assert [at for start, end in by_path for at in range(start, end)] == sorted(wanted)
+    assert told.read_told(lines_of({"lin": 7}, lines), "sh").inode_data[7] == by_path
+
+
+def test_ranges_that_are_not_in_order_are_all_read(rig: Rig) -> None:
+    with (rig.tree / "d" / "f").open("r+b") as file:
+        file.write(b"here")
+        file.seek(9000)
+        file.write(b"there")
+    tell(rig, '{"path": "d/f", "kind": "changed", "ranges": [[9000, 5], [0, 4]]}', COMPLETE)
+    rig.sync()
+    assert rig.notes == []
     same(rig, 2)
 
 

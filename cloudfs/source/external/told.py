@@ -35,7 +35,8 @@ _LAST_BYTE = 1 << 62
 
 Kind = Literal["changed", "created", "deleted", "renamed", "attributes"]
 Ranges = list[Range] | None
-"""Where the data of a file can be others: [start, end) of each stretch; None for everywhere."""
+"""Where the data of a file can be others: [start, end) of each stretch, sorted and apart from each
+other; None for everywhere."""
 
 
 class Line(msgspec.Struct):
@@ -191,5 +192,5 @@ def _join_ranges(
     if before is None or more is None:
         data[key] = None
         return
-    both = merged([*before, *more]) if before and more else before or more
+    both = merged([*before, *more])
     data[key] = both if len(both) <= MAX_RANGES else None
