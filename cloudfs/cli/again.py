@@ -1,7 +1,8 @@
 """Syncs again and again: every so often, or as soon as a live mount has something to sync.
 
 What may pass by itself (a store that is down, a source that is not there, another sync) is said,
-and the next turn tries again; anything else ends it.
+and the next turn tries again; anything else ends it. Where there is no repository, its drive may be
+away; but not if this machine never synced the policy, which is most likely misspelt then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from cloudfs.cli.app import App
 from cloudfs.cli.errors import FAILED, explain
 from cloudfs.core import human
-from cloudfs.core.errors import Held, SourceError, StoreError, UsageError
+from cloudfs.core.errors import Held, NoRepository, SourceError, StoreError, UsageError
 from cloudfs.core.policy import Policy
 from cloudfs.source.live.client import Line
 from cloudfs.source.live.protocol import Answer, Question
@@ -32,11 +33,11 @@ LONGEST_S = 60.0
 Sync = Callable[[], object]
 
 
-def every(app: App, period_s: float, sync: Sync) -> None:
-    """Sync once a period, for ever. Raises what ends it."""
+def every(app: App, name: str, period_s: float, sync: Sync) -> None:
+    """Sync a policy once a period, for ever. Raises what ends it."""
     while True:
         started = time.monotonic()
-        _try(app, sync)
+        _try(app, name, sync)
         # Late by less than one period after a long sync, rather than twice in a row.
         time.sleep(period_s - math.fmod(time.monotonic() - started, period_s))
 
@@ -44,7 +45,7 @@ def every(app: App, period_s: float, sync: Sync) -> None:
 def continuously(app: App, policy: Policy, sync: Sync) -> None:
     """Sync as the policy's ``sync_on`` says, for ever. Raises what ends it."""
     if policy.sync_on not in ("batch", "write"):
-        every(app, human.parse_duration(policy.sync_on), sync)
+        every(app, policy.name, human.parse_duration(policy.sync_on), sync)
     if policy.snapshot != "live":
         raise UsageError(
             f"{policy.name} finds what changed by {policy.snapshot}, which tells of nothing as it"
@@ -53,21 +54,26 @@ def continuously(app: App, policy: Policy, sync: Sync) -> None:
     directory = app.local_state().live_dir(policy.name)
     settled_s = SETTLED_S if policy.sync_on == "batch" else 0.0
     while True:
-        if not _try(app, sync):
+        if not _try(app, policy.name, sync):
             time.sleep(RETRY_S)
         _wait(app, directory, settled_s)
 
 
-def _try(app: App, sync: Sync) -> bool:
+def _try(app: App, name: str, sync: Sync) -> bool:
     """One sync; False if it failed for a reason that may pass by itself, which is said."""
     try:
         sync()
         return True
-    except (StoreError, SourceError, Held) as error:
-        if app.interrupts.requested:
+    except (NoRepository, StoreError, SourceError, Held) as error:
+        never_there = isinstance(error, NoRepository) and _is_new(app, name)
+        if app.interrupts.requested or never_there:
             raise
         app.output.warn(f"cloudfs: {(explain(error) or (str(error), FAILED))[0]}")
         return False
+
+
+def _is_new(app: App, name: str) -> bool:
+    return app.local_state().is_new(app.policies.load(name).policy.id)
 
 
 def _wait(app: App, directory: Path, settled_s: float) -> None:

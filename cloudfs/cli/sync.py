@@ -100,7 +100,7 @@ def sync(
     from cloudfs.cli import again
 
     if every is not None:
-        again.every(app, every, lambda: sync_once(app, name, wishes))
+        again.every(app, name, every, lambda: sync_once(app, name, wishes))
     again.continuously(app, app.policies.load(name).policy, lambda: sync_once(app, name, wishes))
 
 

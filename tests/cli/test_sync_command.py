@@ -165,6 +165,27 @@ def test_again_and_again(home: Machine, tree: Path) -> None:
     assert process.returncode == 130
 
 
+def test_a_repository_that_is_away_is_tried_again(home: Machine, tmp_path: Path) -> None:
+    place = tmp_path / "repo"
+    away = place.rename(tmp_path / "away")
+    assert "no repository at" in home.fails(10, "sync", "--every", "1s"), "it was never synced"
+    away.rename(place)
+    home.run("sync")
+    place.rename(away)
+    with home.start("sync", "--every", "1s", "--force") as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert "Is the drive mounted?" in process.stderr.readline()
+        away.rename(place)
+        line = ""
+        while not line.startswith("Snapshot 2 of home"):
+            line = process.stdout.readline()
+            assert line
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
 def _large_tree(tree: Path) -> None:
     """More than two workers are given at once, so that something is left to be stopped."""
     data = os.urandom(8 << 20)
