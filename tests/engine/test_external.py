@@ -269,6 +269,7 @@ BAD_CHANGES = (
     ([CHANGED, COMPLETE], "echo no such thing >&2; exit 3", "sh failed (no such thing)"),
     ([CHANGED, COMPLETE], "exit 3", "sh failed (exit code 3)"),
     ([CHANGED], "kill -9 $$", "sh failed (killed by SIGKILL)"),
+    ([CHANGED], "kill -37 $$", "sh failed (killed by signal 37)"),
     (["hello"], "", "sh printed hello in line 1: that is no JSON"),
     (["[1]"], "", "in line 1: "),
     (['{"path": "d/f", "kind": "odd"}'], "", "invalid enum value"),

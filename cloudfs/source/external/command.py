@@ -148,7 +148,14 @@ class Command:
         lines = self._said.decode(errors="replace").strip().splitlines()
         if lines:
             return "".join(c if c.isprintable() else "?" for c in lines[-1])[:200].rstrip(".")
-        return f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+        return f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most of the real-time signals have none
+        return f"signal {number}"
 
 
 def end_group(leader: int) -> None:
