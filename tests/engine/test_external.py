@@ -388,6 +388,8 @@ BAD_SNAPSHOTS = (
     ('echo "$1/../tree/."', "which is the source itself"),
     ("""echo '{"id": 7}'""", "no JSON as it must be"),
     ("""echo '{"path'""", "no JSON as it must be"),
+    ("""echo '{"path": "/etc", "id": "a\\u0000"}'""", "gave an id with a NUL"),
+    ("""echo '{"path": "/etc", "id": "\\ud800"}'""", "no JSON as it must be"),
 )
 
 

@@ -162,6 +162,8 @@ class ExternalSource:
         answer = _read_answer(said[0], command)
         place = os.fsencode(answer.path)
         id_ = os.fsencode(str(answer.id)) or place
+        if b"\0" in id_:
+            raise SourceError(f"{command}gave an id with a NUL, which no command could be told.")
         known = [*self._note.base, *self._note.others]
         if any(id_ in (old.id, old.name) for old in known if old is not held):
             raise SourceError(f"{command}gave a snapshot that it has given before.")
