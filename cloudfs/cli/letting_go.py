@@ -1,7 +1,8 @@
 """What a policy holds on this machine is given back when the policy needs it no more.
 
 It may be removed, or go by something else: then nobody needs its watch daemon, nor the snapshots
-of a file system that its next sync would have counted from.
+of a file system that its next sync would have counted from. Of other sources, or for another
+repository, the next sync counts from none either.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 
 import msgspec
 
-from cloudfs.cli.app import App
+from cloudfs.cli.app import App, Place
 from cloudfs.cli.commands import external_commands
 from cloudfs.cli.output import quote_path
 from cloudfs.cli.policies import PolicyFile
@@ -41,10 +42,12 @@ def let_go_of_removed(app: App, name: str) -> None:
 
 
 def let_go(app: App, old: PolicyFile, new: Policy | None) -> None:
-    """The same for a policy that goes by something else from now on; None: it is to be removed."""
-    name, used = old.policy.name, new.snapshot if new is not None else ""
+    """The same for a policy that is another from now on; None: it is to be removed."""
+    policy, used = old.policy, new.snapshot if new is not None else ""
     if used != "watch":
-        _end_daemon(app, name)
+        _end_daemon(app, policy.name)
+    if new is not None and (new.sources, new.repository) != (policy.sources, policy.repository):
+        used = ""  # the next sync has nothing to count from, by whatever it goes
     try:
         _leave(app, old, "btrfs" if used == "auto" else used)
     except CloudfsError as error:
@@ -62,7 +65,8 @@ def _leave(app: App, old: PolicyFile, used: str) -> None:
     from cloudfs.backup.sources import leave
     from cloudfs.cli.sync import SyncWishes, settings_of
 
-    settings = settings_of(app.place(policy.name), SyncWishes())
+    place = Place(policy.repository, app.store_options(policy), old, policy.name)
+    settings = settings_of(place, SyncWishes())
     commands = external_commands(old, app.environment)
     settings = msgspec.structs.replace(settings, external=commands)
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from cloudfs.repo.repository import Repository
     from cloudfs.store.open import OpenedStore
 
+_HELD_FOR = ("snapshot", "sources", "repository")
+"""What snapshots that a policy's syncs hold are of, and are held for."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -353,7 +356,7 @@ def set_policy(app: App, name: str, clear: tuple[str, ...], **given: Any) -> Non
             app.register(repository, app.policies.change(old, new))
     else:
         app.policies.change(old, new)
-    if new.snapshot != old.policy.snapshot:
+    if any(getattr(new, key) != getattr(old.policy, key) for key in _HELD_FOR):
         let_go(app, old, new)
     app.output.say(f'Policy "{name}" changed; see {old.path}.')
 

@@ -358,15 +358,79 @@ def test_a_policy_without_btrfs_leaves_no_snapshot(synced: Machine, tree: Path, 
         same(tree, restored(synced, tree))
 
 
-def test_another_source_takes_the_snapshots_of_the_one_before(
-    synced: Machine, tree: Path, volume: Path
-) -> None:
+@pytest.fixture
+def other(volume: Path) -> Path:
+    """Another subvolume."""
     other = btrfs.subvolume(volume / "other")
     (other / "file").write_text("other")
-    synced.run("policy", "set", "vol", "--source", other)
+    return other
+
+
+@pytest.mark.parametrize("way", ["set", "set with the repository", "by hand"])
+def test_another_source_takes_the_snapshots_of_the_one_before(
+    synced: Machine, tree: Path, other: Path, way: str, tmp_path: Path
+) -> None:
+    if way == "by hand":
+        file = synced.home / "config" / "vol.toml"
+        file.write_text(file.read_text().replace(str(tree), str(other)))
+    else:
+        repo = ("--repo", tmp_path / "second") if "repository" in way else ()
+        synced.run("policy", "set", "vol", "--source", other, *repo)
+        assert not (tree / HOLDING).exists()
     synced.run("sync", "vol")
     assert snapshots_anywhere(other)
-    assert not snapshots_anywhere(tree)
+    assert not (tree / HOLDING).exists()
+    assert "unchanged" in synced.run("sync", "vol").out
+
+
+def test_what_a_killed_sync_left_in_another_source_is_removed(
+    machine: Machine, tree: Path, other: Path, repo: str
+) -> None:
+    """Though no sync of that one ever ended."""
+    machine.run("policy", "create", "vol", "--source", tree, "--repo", repo)
+    (tree / "large").write_bytes(os.urandom(30_000_000))
+    with machine.start("sync", "vol", "--workers", "1") as process:
+        while not (tree / HOLDING).exists() and process.poll() is None:
+            time.sleep(0.001)
+        wait_for_a_snapshot(process, tree, [])
+        process.send_signal(signal.SIGKILL)
+    assert snapshots_anywhere(tree)
+    file = machine.home / "config" / "vol.toml"
+    file.write_text(file.read_text().replace(str(tree), str(other)))
+    machine.run("sync", "vol")
+    assert not (tree / HOLDING).exists()
+    machine.run("policy", "remove", "vol", "--yes")
+    assert not snapshots_anywhere(other)
+
+
+@pytest.mark.parametrize("way", ["sync", "remove", "scan"])
+def test_the_snapshots_of_a_source_that_is_away_are_not_forgotten(
+    machine: Machine, tree: Path, other: Path, repo: str, tmp_path: Path, way: str
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    btrfs.run("mount", "--bind", tree, place)
+    try:
+        machine.run("policy", "create", "vol", "--source", place, "--repo", repo)
+        machine.run("sync", "vol")
+    finally:
+        btrfs.run("umount", place)
+    said = machine.run("policy", "set", "vol", "--source", other).err
+    assert f"{place}/{HOLDING} is not there, so the snapshots in it are left" in said
+    assert machine.run("sync", "vol").err == ""
+    assert snapshots_anywhere(tree)
+    btrfs.run("mount", "--bind", tree, place)
+    try:
+        if way == "remove":
+            machine.run("policy", "remove", "vol", "--yes")
+        elif way == "scan":
+            machine.run("policy", "set", "vol", "--snapshot", "scan")
+        else:
+            machine.run("sync", "vol")
+    finally:
+        btrfs.run("umount", place)
+    assert not (tree / HOLDING).exists()
+    assert bool(snapshots_anywhere(other)) == (way == "sync")
 
 
 def test_a_policy_is_not_removed_while_it_is_synced(synced: Machine, tree: Path) -> None:

@@ -197,7 +197,15 @@ def test_commands_are_given_changed_and_taken_away(
     assert "It has commands, which every sync runs" in said
 
 
-@pytest.mark.parametrize("way", [("remove", "ext", "--yes"), ("set", "ext", "--snapshot", "scan")])
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("remove", "ext", "--yes"),
+        ("set", "ext", "--snapshot", "scan"),
+        ("set", "ext", "--repo", "../second"),
+        ("set", "ext", "--source", "."),
+    ],
+)
 def test_a_policy_that_needs_no_snapshot_any_more_releases_it(
     synced: Machine, fs: Path, way: tuple[str, ...]
 ) -> None:

@@ -9,7 +9,9 @@
    than the base, which costs next to nothing. Where these are much of all there are, looking at
    all costs less than being told, and the sync scans.
 4. After the commit the new snapshots become the base and the old ones are deleted. A sync that
-   fails deletes its own; what a killed one left is deleted by the next.
+   fails deletes its own; what a killed one left is deleted by the next. So it is noted where
+   snapshots may lie before the first is taken, and a place is forgotten only when it was looked
+   into and none was there: its drive may be away, and the sources be others by now.
 5. Between two syncs the base can be judged by the same rules, without a snapshot; which inodes are
    younger than it is counted in the file system's own tree.
 """
@@ -59,12 +61,13 @@ class _Held(msgspec.Struct, array_like=True):
     changed: int = 0
 
 
-class _Bases(msgspec.Struct, array_like=True):
-    """The snapshots that stand for one snapshot of the repository."""
+class _Note(msgspec.Struct, array_like=True):
+    """The snapshots that stand for one snapshot of the repository, and where others may lie."""
 
-    snapshot: int
-    taken_ns: int
-    held: list[_Held]
+    snapshot: int = 0
+    taken_ns: int = 0
+    held: list[_Held] = []
+    places: list[bytes] = []  # directories in which there may be snapshots of this policy
 
 
 class BtrfsSource:
@@ -76,28 +79,31 @@ class BtrfsSource:
         """``note`` is the file that remembers the base; ``excludes`` are the policy's, by path."""
         self._sources = sources
         self._prefix = os.fsencode(policy_id[:16])
-        self._note = note
+        self._path = note
         self._excludes = excludes
         self._names = root_names(sources) if len(sources) > 1 else [b""]
-        # Sources that were others may have some too.
-        places = [os.path.dirname(held.place) for held in self._read_note().held]
-        places += [os.path.join(source, HOLDING) for source in sources]
-        self._holdings = sorted({place for place in places if os.path.basename(place) == HOLDING})
+        self._note = self._read_note()
+        self._own = {os.path.join(source, HOLDING) for source in sources}
+        places = self._note.places or [os.path.dirname(held.place) for held in self._note.held]
+        self._places = {place for place in places if os.path.basename(place) == HOLDING}
 
     @contextlib.contextmanager
     def ready(self, snapshot: int, taken_ns: int, items: int) -> Iterator[Ready]:
         """Snapshots of the sources, and what changed since the snapshot of the repository that the
         local state is at (0: at none): its number, time and number of items."""
-        base = self._read_note()
-        self._clean({held.place for held in base.held})
+        base = self._note
+        self._places |= self._own
+        self._clean(base.held)
+        self._write_note(base)
         taken: list[_Held] = []
         kept = False
 
         def keep(record: SnapshotRecord) -> None:
             nonlocal kept
-            self._write_note(_Bases(record.number, record.time_ns, taken))
+            self._write_note(_Note(record.number, record.time_ns, taken))
             kept = True
-            self._clean({held.place for held in taken})
+            self._clean(taken)
+            self._write_note(self._note)
 
         try:
             now_ns = time.time_ns()
@@ -121,7 +127,7 @@ class BtrfsSource:
             yield found
         finally:
             if not kept:
-                self._clean({held.place for held in base.held})
+                self._clean(base.held)
 
     def _is_top(self, held: _Held) -> bool:
         return held.path in self._names
@@ -158,35 +164,49 @@ class BtrfsSource:
         parts = path.split(b"/")
         return not any(self._excludes(b"/".join(parts[: i + 1])) for i in range(len(parts)))
 
-    def _clean(self, keep: set[bytes], tell: Callable[[str], None] = lambda text: None) -> None:
+    def _clean(self, keep: list[_Held], tell: Callable[[str], None] = lambda text: None) -> None:
         """Delete the snapshots of this policy that are not to be kept; ``tell`` is told what cannot
         be deleted. The next sync tries again."""
-        for holding in self._holdings:
-            with contextlib.suppress(OSError):
-                for name in os.listdir(holding):
-                    place = os.path.join(holding, name)
-                    if name.startswith(self._prefix + b"-") and place not in keep:
-                        _delete(place, tell)
+        kept = {held.place for held in keep}
+        for holding in sorted(self._places):
+            with contextlib.suppress(
+                OSError
+            ):  # its drive is away, or another policy has some there
+                names = [n for n in os.listdir(holding) if n.startswith(self._prefix + b"-")]
+                places = [os.path.join(holding, name) for name in names]
+                left = [p for p in places if p in kept or not _delete(p, tell)]
+                if not left and holding not in self._own:
+                    self._places.remove(holding)
+                    os.rmdir(holding)
 
     def leave(self, tell: Callable[[str], None]) -> None:
         """Delete all snapshots of this policy: no sync will count from them. ``tell`` is told what
-        cannot be deleted."""
-        self._clean(set(), tell)
-        for holding in self._holdings:
-            with contextlib.suppress(OSError):  # there are none, or another policy's
-                os.rmdir(holding)
-        self._note.unlink(missing_ok=True)
+        cannot be deleted; it is remembered, to be tried again."""
+        held = {os.path.dirname(held.place) for held in self._note.held}
+        self._places |= set(filter(os.path.isdir, self._own))
+        self._own = set()
+        self._clean([], tell)
+        for holding in sorted(held & self._places):
+            if not os.path.isdir(holding):
+                shown = os.fsdecode(holding)
+                tell(
+                    f"{shown} is not there, so the snapshots in it are left. Is its drive mounted?"
+                )
+        if self._places:
+            self._write_note(_Note())
+        else:
+            self._path.unlink(missing_ok=True)
 
-    def _keep_only_of(self, record: SnapshotRecord, base: _Bases) -> None:
+    def _keep_only_of(self, record: SnapshotRecord, base: _Note) -> None:
         """Delete the base where it is of another snapshot than the state now is at: it will never
         be compared with, and may be what fills the file system."""
         if (record.number, record.time_ns) != (base.snapshot, base.taken_ns):
-            self._clean(set())
+            self._clean([])
 
     # -- what changed --------------------------------------------------------------------------
 
     def _changes(
-        self, base: _Bases, taken: list[_Held], snapshot: int, taken_ns: int, items: int
+        self, base: _Note, taken: list[_Held], snapshot: int, taken_ns: int, items: int
     ) -> Changelist | None:
         """What changed since the base; None before the first. Raises SourceError with the reason
         where that cannot be known, or costs more to know than a scan."""
@@ -218,7 +238,7 @@ class BtrfsSource:
     def state(self, snapshot: int, taken_ns: int, items: int) -> SourceState:
         """What the next sync would go by, if the last snapshot is this one, of so many items. What
         changed is counted as far as the file system has written it out."""
-        base = self._read_note()
+        base = self._note
         if not base.held:
             return scanning("btrfs", "there is no btrfs snapshot to count from")
         try:
@@ -249,20 +269,24 @@ class BtrfsSource:
 
     # -- memory --------------------------------------------------------------------------------
 
-    def _read_note(self) -> _Bases:
+    def _read_note(self) -> _Note:
         try:
-            return msgspec.msgpack.decode(self._note.read_bytes(), type=_Bases)
+            return msgspec.msgpack.decode(self._path.read_bytes(), type=_Note)
         except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-            return _Bases(0, 0, [])
+            return _Note()
 
-    def _write_note(self, bases: _Bases) -> None:
-        """Atomic; what is lost of it costs a scan."""
-        temporary = self._note.with_name(f"{self._note.name}.{os.getpid()}")
-        temporary.write_bytes(msgspec.msgpack.encode(bases))
-        temporary.replace(self._note)
+    def _write_note(self, note: _Note) -> None:
+        """Atomic; what is lost of it costs a scan, and snapshots in sources that were others."""
+        note = msgspec.structs.replace(note, places=sorted(self._places))
+        if note == self._note:
+            return
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        temporary.write_bytes(msgspec.msgpack.encode(note))
+        temporary.replace(self._path)
+        self._note = note
 
 
-def _check_base(base: _Bases, live: dict[bytes, str], snapshot: int, taken_ns: int) -> None:
+def _check_base(base: _Note, live: dict[bytes, str], snapshot: int, taken_ns: int) -> None:
     """Raise SourceError where the last snapshots are not those to count from: ``live`` says which
     subvolumes (by UUID) lie where."""
     if (base.snapshot, base.taken_ns) != (snapshot, taken_ns):
@@ -293,18 +317,20 @@ def _check_untouched(base: list[_Held]) -> None:
             raise SourceError(f"the last snapshot {os.fsdecode(held.place)} {what}.")
 
 
-def _delete(place: bytes, tell: Callable[[str], None]) -> None:
+def _delete(place: bytes, tell: Callable[[str], None]) -> bool:
     """Delete a snapshot, or what stands for one in a source that was itself made by snapshotting
-    one: an empty directory."""
+    one: an empty directory. False where it is still there."""
     try:
         if subvolume.is_subvolume(place):
             subvolume.delete(place)
         else:
             os.rmdir(place)
+        return True
     except SourceError as error:
         tell(str(error))
     except OSError as error:
         tell(f"{os.fsdecode(place)} could not be deleted ({error.strerror}).")
+    return False
 
 
 def _check_intact(taken: list[_Held]) -> None:
