@@ -7,8 +7,9 @@
    the same commands of the same sources, ``changes BASE NEW SOURCE`` is asked what differs. In all
    other cases, and when the answer is not good, the sync scans the new snapshots and says why.
 3. After the commit the new snapshots become the base, and ``release ID SOURCE`` is called for the
-   old ones; after a sync that fails, for the new ones. Without ``changes`` no base is kept. What
-   could not be released is tried again by the next sync.
+   old ones; after a sync that fails, for the new ones. Without ``changes`` no base is kept, nor
+   after a sync that found changes without a snapshot. What could not be released is tried again
+   by the next sync.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ class ExternalSource:
                 self._take(taken, now_ns)
             except SourceError as error:
                 note = f"no snapshot could be taken, so the tree itself is scanned: {error}"
-                yield scanned(self._sources, [note])
+                found = scanned(self._sources, [note])
+                found.keep = self._keep_only_of
+                yield found
                 return
             found = Ready("external", [held.place for held in taken])
             found.frozen_ns, found.keep = now_ns, keep
@@ -139,6 +142,14 @@ class ExternalSource:
         """Release all snapshots: no sync will count from them."""
         self._note.others, self._note.base = [*self._note.others, *self._note.base], []
         self._clean_up()
+
+    def _keep_only_of(self, record: SnapshotRecord) -> None:
+        """Have the base released where it is of another snapshot than the state now is at: it will
+        never be compared with."""
+        note = self._note
+        if (record.number, record.time_ns) != (note.snapshot, note.taken_ns):
+            note.others, note.base = [*note.others, *note.base], []
+            self._write_note()
 
     # -- snapshots -------------------------------------------------------------------------------
 
