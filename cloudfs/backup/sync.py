@@ -16,12 +16,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from cloudfs.backup.attempt import Attempt
 from cloudfs.backup.coalesce import PageSpool
 from cloudfs.backup.exclusive import held_lease, local_lock
-from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult
+from cloudfs.backup.job import SyncEvents, SyncJob, SyncResult, SyncSettings
 from cloudfs.backup.sources import btrfs_source, external_source, leave
 from cloudfs.backup.trust import signature_of, why_not_trusted
 from cloudfs.backup.verify import Differs, doubt
@@ -102,7 +103,22 @@ def _ready(
         directory = job.repository.local.watch_dir(settings.name)
         watch = WatchSource(settings.sources, directory, settings.filters.leaves_out)
         return watch.ready(settings.name, state.head.snapshot, state.head.taken_ns)
-    return contextlib.nullcontext(scanned(settings.sources))
+    return contextlib.nullcontext(scanned(settings.sources, _no_btrfs(settings, history)))
+
+
+def _no_btrfs(settings: SyncSettings, history: History) -> list[str]:
+    """What is to be said where a policy went by btrfs and does not now, though nobody chose so."""
+    last = history.manifest.last_snapshot
+    if settings.source != "auto" or last is None or last.source != "btrfs":
+        return []
+    from cloudfs.source.btrfs.subvolume import is_subvolume
+
+    return [
+        f"the last snapshot was taken by btrfs, but {os.fsdecode(source)} is no subvolume now, so"
+        " the tree is scanned. Is its drive mounted?"
+        for source in settings.sources
+        if not is_subvolume(source)
+    ][:1]
 
 
 def _external(

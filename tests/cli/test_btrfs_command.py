@@ -433,6 +433,24 @@ def test_the_snapshots_of_a_source_that_is_away_are_not_forgotten(
     assert bool(snapshots_anywhere(other)) == (way == "sync")
 
 
+def test_a_source_that_is_not_mounted_is_told(
+    machine: Machine, tree: Path, repo: str, tmp_path: Path
+) -> None:
+    """It counts as empty, as for any scan, but not without a word."""
+    place = tmp_path / "place"
+    place.mkdir()
+    btrfs.run("mount", "--bind", tree, place)
+    try:
+        machine.run("policy", "create", "vol", "--source", place, "--repo", repo)
+        machine.run("sync", "vol")
+    finally:
+        btrfs.run("umount", place)
+    said = f"the last snapshot was taken by btrfs, but {place} is no subvolume now"
+    assert said in machine.run("sync", "vol", "--dry-run").err
+    assert said in machine.run("sync", "vol").err
+    assert machine.run("sync", "vol").err == "", "that snapshot was taken by a scan"
+
+
 def test_a_policy_is_not_removed_while_it_is_synced(synced: Machine, tree: Path) -> None:
     (tree / "large").write_bytes(os.urandom(30_000_000))
     kept = holding(tree)
