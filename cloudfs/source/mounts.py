@@ -26,14 +26,15 @@ class Mount(NamedTuple):
 def mounts(pid: str = "self") -> list[Mount]:
     """All that this process sees, or another one, oldest first. Raises OSError."""
     found = []
-    for line in Path(f"/proc/{pid}/mountinfo").read_bytes().splitlines():
+    # Names hold what other breaks of lines and other encodings there are: only "\n" is escaped.
+    for line in Path(f"/proc/{pid}/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields, _, rest = line.partition(b" - ")
         number, _, device, top, place, options = fields.split(b" ")[:6]
         kind, of, given = rest.split(b" ")[:3]
         major, _, minor = device.partition(b":")
         made = os.makedev(int(major), int(minor))
-        words = frozenset(options.decode().split(","))
-        what = (kind.decode(), _plain(of), words, _plain(given))
+        words = frozenset(os.fsdecode(options).split(","))
+        what = (os.fsdecode(kind), _plain(of), words, _plain(given))
         found.append(Mount(int(number), made, _plain(top), _plain(place), *what))
     return found
 
