@@ -45,3 +45,27 @@ def test_mounts_of_any_name_and_kind(base: Path) -> None:
         r"b'tmpfs' b'/a\xff b\\'",
         r"b'fuse.\xff' b''",
     ]
+
+
+IN_A_CHROOT = """
+import ctypes, os, sys
+from cloudfs.core.errors import SourceError
+from cloudfs.source.watch.places import places_of
+
+libc = ctypes.CDLL(None, use_errno=True)
+top, bind = os.fsencode(sys.argv[1]), 4096
+for name in (b"proc", b"tree"):
+    os.mkdir(top + b"/" + name)
+assert not libc.mount(b"/proc", top + b"/proc", None, bind, None)
+os.chroot(top)
+os.chdir("/")
+try:
+    places_of([b"/tree"], lambda path: False)
+except SourceError as error:
+    print(error)
+"""
+
+
+def test_a_root_directory_that_is_no_mount_point(base: Path) -> None:
+    """The kernel does not list the mount that it is on."""
+    assert apart(IN_A_CHROOT, base) == "the mount that /tree is on is not listed, as in a chroot.\n"

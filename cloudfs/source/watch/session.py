@@ -50,9 +50,11 @@ class WatchSource:
             places = places_of(self._sources, self._leaves_out)
             written = being_written()
             closed = client.ask(self._directory, Question("close"))
-        except client.NoDaemon as error:
+        except SourceError as error:
             found.kind = "scan"
-            found.notes.append(f"the tree is scanned: {error}. Start one: cloudfs watch {name}")
+            advice = f". Start one: cloudfs watch {name}"
+            advice = advice if isinstance(error, client.NoDaemon) else ""
+            found.notes.append(f"the tree is scanned: {str(error).rstrip('.')}{advice}")
             yield found
             return
         reason = self._reason(closed, places, snapshot, taken_ns)
