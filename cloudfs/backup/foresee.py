@@ -63,8 +63,8 @@ def _asked(
     if kind == "watch":
         from cloudfs.source.watch.session import WatchSource
 
-        place, leaves_out = local.watch_dir(settings.name), settings.filters.leaves_out
-        return WatchSource(settings.sources, place, leaves_out).state(*at)
+        place = local.watch_dir(settings.name)
+        return WatchSource(settings.sources, place, settings.filters).state(*at)
     if kind == "btrfs":
         return btrfs_source(settings, record.id, directory).state(*at, items)
     if kind == "live":

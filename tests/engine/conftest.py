@@ -41,3 +41,12 @@ def watched(local_volume: Path) -> Iterator[Watched]:
     made.kill()
     made.repository.local.close()
     shutil.rmtree(base)
+
+
+@pytest.fixture
+def own_volume(tmp_path: Path) -> Iterator[Path]:
+    """A file system that a test may unmount."""
+    base = Path(tempfile.mkdtemp(prefix="cloudfs-own-", dir="/dev/shm"))
+    with loops.file_system(base, "ext4", 64 << 20) as place:
+        yield place
+    shutil.rmtree(base)

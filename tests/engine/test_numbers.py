@@ -15,7 +15,7 @@ import pytest
 from cloudfs.backup.files import FileReader
 from cloudfs.core.errors import SourceError, UsageError
 from cloudfs.source.numbers import keeps_numbers, kind_keeps_numbers
-from cloudfs.source.scan import Scanner
+from cloudfs.source.scan import Filters, Scanner
 from cloudfs.source.watch import start
 from tests.engine import btrfs, loops
 from tests.engine.btrfs import run
@@ -115,8 +115,8 @@ def test_it_is_not_watched(base: Path) -> None:
     with overlaid(base, base / "tree/within") as place:
         for source in (place, base / "tree"):
             with pytest.raises(SourceError, match="is on overlay, where inodes get other numbers"):
-                start.job_for(base / "state", [os.fsencode(source)], lambda path: False)
-        start.job_for(base / "state", [os.fsencode(base / "tree")], lambda path: True)
+                start.job_for(base / "state", [os.fsencode(source)], Filters())
+        start.job_for(base / "state", [os.fsencode(base / "tree")], Filters(one_file_system=True))
 
 
 def test_it_is_not_mounted_live(base: Path) -> None:

@@ -34,15 +34,6 @@ from tests.engine.watched import Watched, heard, settle
 from tests.fuse.conftest import wait_until
 
 
-@pytest.fixture
-def own_volume(tmp_path: Path) -> Iterator[Path]:
-    """A file system that a test may unmount."""
-    base = Path(tempfile.mkdtemp(prefix="cloudfs-own-", dir="/dev/shm"))
-    with loops.file_system(base, "ext4", 64 << 20) as place:
-        yield place
-    shutil.rmtree(base)
-
-
 def scanned(rig: Watched, reason: str) -> None:
     """The next sync scans for a reason that it tells, and the one after it does not."""
     rig.sync()
@@ -725,11 +716,11 @@ def test_a_tree_on_several_file_systems(local_volume: Path, own_volume: Path) ->
 
 def test_two_daemons_of_one_policy(watched: Watched) -> None:
     with pytest.raises(SourceError, match="watched already"):
-        start.start(start.job_for(watched.place, [os.fsencode(watched.tree)], lambda path: False))
+        start.start(start.job_for(watched.place, [os.fsencode(watched.tree)], Filters()))
 
 
 def test_file_systems_that_cannot_be_watched(tmp_path: Path) -> None:
-    job = start.job_for(tmp_path / "place", [b"/proc/self/task"], lambda path: False)
+    job = start.job_for(tmp_path / "place", [b"/proc/self/task"], Filters())
     with pytest.raises(SourceError, match="cannot be watched"):
         start.start(job)
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from cloudfs.source.scan import Filters
+from tests.engine.btrfs import run
+from tests.engine.test_watch_faults import scanned
+from tests.engine.watched import Watched, heard, settle
 
 ODD_MOUNTS = """
 import ctypes, os, sys
@@ -50,6 +59,7 @@ def test_mounts_of_any_name_and_kind(base: Path) -> None:
 IN_A_CHROOT = """
 import ctypes, os, sys
 from cloudfs.core.errors import SourceError
+from cloudfs.source.scan import Filters
 from cloudfs.source.watch.places import places_of
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -60,7 +70,7 @@ assert not libc.mount(b"/proc", top + b"/proc", None, bind, None)
 os.chroot(top)
 os.chdir("/")
 try:
-    places_of([b"/tree"], lambda path: False)
+    places_of([b"/tree"], Filters())
 except SourceError as error:
     print(error)
 """
@@ -69,3 +79,67 @@ except SourceError as error:
 def test_a_root_directory_that_is_no_mount_point(base: Path) -> None:
     """The kernel does not list the mount that it is on."""
     assert apart(IN_A_CHROOT, base) == "the mount that /tree is on is not listed, as in a chroot.\n"
+
+
+@contextlib.contextmanager
+def bound(what: Path, place: Path) -> Iterator[Path]:
+    """A bind mount."""
+    run("mount", "--bind", what, place)
+    try:
+        yield place
+    finally:
+        run("umount", place)
+
+
+@pytest.fixture
+def on_one(watched: Watched) -> Watched:
+    """One whose policy leaves other file systems out."""
+    watched.kill()
+    watched.filters = Filters(one_file_system=True)
+    watched.start()
+    return watched
+
+
+def test_a_mount_that_is_left_out_comes_and_goes(on_one: Watched, own_volume: Path) -> None:
+    """What lies beneath it is part of the tree."""
+    within = on_one.tree / "within"
+    within.mkdir()
+    (within / "hidden").write_text("hidden")
+    with bound(own_volume, within):
+        settle(on_one)
+        within.chmod(0o750)
+        on_one.sync()
+        assert on_one.notes == []
+        assert on_one.contents(2)[b"/within"] != on_one.contents(1)[b"/within"]
+    scanned(on_one, "is another one than before")
+    with bound(own_volume, within):
+        on_one.sync()
+        assert "is another one than before" in on_one.notes[0]
+        last = on_one.history().snapshots[-1].number
+        assert b"/within/hidden" not in on_one.contents(last)
+
+
+def test_a_part_of_the_one_file_system_mounted_within(on_one: Watched) -> None:
+    within, outside = on_one.tree / "within", on_one.base / "outside"
+    for directory in (within, outside):
+        directory.mkdir()
+    with bound(outside, within):
+        (within / "file").write_text("one")
+        settle(on_one)
+        (outside / "file").write_text("two and more")
+        heard(on_one)
+
+
+@pytest.mark.parametrize("directory", ["", "in"])
+def test_a_file_that_is_a_mount_point(watched: Watched, own_volume: Path, directory: str) -> None:
+    """Its file system is none that is watched, so each sync looks at it."""
+    place = watched.tree / directory / "file"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("beneath")
+    settle(watched)
+    (own_volume / "file").write_text("one")
+    with bound(own_volume / "file", place):
+        scanned(watched, "is another one than before")
+        (own_volume / "file").write_text("two and more")
+        heard(watched)
+    scanned(watched, "is another one than before")

@@ -27,7 +27,7 @@ class Watched(Rig):
 
     def start(self, *, unlimited: bool = True) -> None:
         """Start the daemon."""
-        job = start.job_for(self.place, [os.fsencode(s) for s in self.sources], lambda path: False)
+        job = start.job_for(self.place, [os.fsencode(s) for s in self.sources], self.filters)
         self.daemon = start.start(msgspec.structs.replace(job, unlimited=unlimited))
 
     def kill(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import stat as st
 from typing import NamedTuple
 
 import xxhash
@@ -18,9 +18,7 @@ from cloudfs.source.inode import StatReader
 from cloudfs.source.mounts import Mount, mounts, within
 from cloudfs.source.own import is_view
 from cloudfs.source.roots import root_names
-
-LeavesOut = Callable[[bytes], bool]
-"""Whether a directory of another file system, by its path below its source, is left out."""
+from cloudfs.source.scan import Filters, Matcher
 
 
 class Place(NamedTuple):
@@ -34,40 +32,86 @@ class Place(NamedTuple):
     is_source: bool
 
 
+class Point(NamedTuple):
+    """A mount point that every sync looks at, for nothing is told of it: that of a file, or of a
+    file system that is left out, of which the mount point itself belongs to the backup."""
+
+    directory: bytes  # that it is in, as in the backup
+    inode: int  # of that directory
+    name: bytes
+
+
 class Places(NamedTuple):
     """All of them, and a digest by which another layout is noticed."""
 
     found: list[Place]
+    points: list[Point]
     token: str
 
 
-def places_of(sources: list[bytes], leaves_out: LeavesOut) -> Places:
+def places_of(sources: list[bytes], filters: Filters) -> Places:
     """Where a tree lies now. Raises SourceError."""
     names = root_names(sources) if len(sources) > 1 else [b""]
-    found: list[Place] = []
-    digest = xxhash.xxh3_128()
+    layout = _Layout(filters)
     with contextlib.ExitStack() as opened:
-        fds = [_open(source) for source in sources]
-        for fd in fds:
-            opened.callback(os.close, fd)
+        fds = []
+        for source in sources:
+            fds.append(_open(source))
+            opened.callback(os.close, fds[-1])
         all_mounts = mounts()  # now: a source may have been mounted by opening it (autofs)
         for source, name, fd in zip(sources, names, fds, strict=True):
-            top = os.readlink(b"/proc/self/fd/%d" % fd)
-            status = StatReader().of(fd)
-            digest.update(b"%d %d %d\0" % (status.dev, status.ino, status.btime_ns) + top)
-            own = _mount_of(source, fd, all_mounts)
-            found.append(Place(top, name, own.device, _fsid(fd), own.kind, True))
-            for mount in within(top, all_mounts):
-                view = is_view(mount)  # which may have a server that does not answer
-                if not view and not os.path.isdir(mount.place):
-                    continue
-                below = mount.place[len(top.rstrip(b"/")) + 1 :]
-                if leaves_out(below):
-                    continue
-                digest.update(b"%d %d %s\0" % (mount.device, mount.number, mount.top) + mount.place)
-                if not view:
-                    found.append(_place(mount, name + b"/" + below if name else below))
-    return Places(found, digest.hexdigest())
+            try:
+                layout.add_source(source, name, fd, all_mounts)
+            except OSError as error:
+                raise _cannot(source, error) from None
+    return Places(layout.found, layout.points, layout.digest.hexdigest())
+
+
+class _Layout:
+    """Collects what there is."""
+
+    def __init__(self, filters: Filters) -> None:
+        self.found: list[Place] = []
+        self.points: list[Point] = []
+        self.digest = xxhash.xxh3_128()
+        self._one_file_system = filters.one_file_system
+        self._matcher = Matcher(filters.excludes) if filters.excludes else None
+
+    def add_source(self, source: bytes, name: bytes, fd: int, all_mounts: list[Mount]) -> None:
+        """Add a source that is open, and what is mounted within it. Raises SourceError."""
+        top = os.readlink(b"/proc/self/fd/%d" % fd)
+        status = StatReader().of(fd)
+        self.digest.update(b"%d %d %d\0" % (status.dev, status.ino, status.btime_ns) + top)
+        own = _mount_of(source, fd, all_mounts)
+        self.found.append(Place(top, name, own.device, _fsid(fd), own.kind, True))
+        for mount in within(top, all_mounts):
+            below = mount.place[len(top.rstrip(b"/")) + 1 :]
+            self._add_mount(mount, name, below, status.dev)
+
+    def _add_mount(self, mount: Mount, name: bytes, below: bytes, source_dev: int) -> None:
+        """Add what is mounted below a source, whose name in the backup is given.
+
+        Also what is left out as another file system counts: what its mount point hides is seen when
+        it goes.
+        """
+        try:
+            # A view may have a server that does not answer. What refuses is reported by each sync.
+            status = None if is_view(mount) else os.stat(mount.place)
+        except OSError:
+            status = None
+        is_dir = status is None or st.S_ISDIR(status.st_mode)
+        if self._matcher is not None and self._matcher.excludes(below, is_dir):
+            return
+        self.digest.update(b"%d %d %s\0" % (mount.device, mount.number, mount.top) + mount.place)
+        path = name + b"/" + below if name else below
+        if status is None:
+            return
+        if is_dir and not (self._one_file_system and status.st_dev != source_dev):
+            self.found.append(_place(mount, path))
+            return
+        above, _, own_name = path.rpartition(b"/")
+        inode = os.stat(os.path.dirname(mount.place)).st_ino
+        self.points.append(Point(above, inode, own_name))
 
 
 def _open(path: bytes) -> int:

@@ -16,15 +16,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cloudfs.core.changelist import Changelist
+from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.watched import WatchedSet
 from cloudfs.source.ready import Ready
+from cloudfs.source.scan import Filters
 from cloudfs.source.state import SourceState, scanning
 from cloudfs.source.unseen import Written, being_written
 from cloudfs.source.watch import client
-from cloudfs.source.watch.places import LeavesOut, Places, places_of
+from cloudfs.source.watch.places import Places, places_of
 from cloudfs.source.watch.protocol import EVENTS, Answer, Base, Question
 from cloudfs.source.watch.resolve import Resolver
 
@@ -35,11 +36,11 @@ STATE_TIMEOUT_S = 5.0
 class WatchSource:
     """The watch side of the syncs of one policy on this machine."""
 
-    def __init__(self, sources: list[bytes], directory: Path, leaves_out: LeavesOut) -> None:
-        """``directory`` is the daemon's; ``leaves_out`` the policy's, for other file systems."""
+    def __init__(self, sources: list[bytes], directory: Path, filters: Filters) -> None:
+        """``directory`` is the daemon's, ``filters`` are the policy's."""
         self._sources = sources
         self._directory = directory
-        self._leaves_out = leaves_out
+        self._filters = filters
 
     @contextlib.contextmanager
     def ready(self, name: str, snapshot: int, taken_ns: int) -> Iterator[Ready]:
@@ -47,7 +48,7 @@ class WatchSource:
         state is at (0: at none): its number and time. ``name`` is the policy's."""
         found = Ready("watch", self._sources)
         try:
-            places = places_of(self._sources, self._leaves_out)
+            places = places_of(self._sources, self._filters)
             written = being_written()
             closed = client.ask(self._directory, Question("close"))
         except SourceError as error:
@@ -74,7 +75,7 @@ class WatchSource:
     def state(self, snapshot: int, taken_ns: int) -> SourceState:
         """What the next sync would go by, if the last snapshot is this one."""
         try:
-            places = places_of(self._sources, self._leaves_out)
+            places = places_of(self._sources, self._filters)
             now = client.ask(self._directory, Question("state"), STATE_TIMEOUT_S)
         except (SourceError, OSError) as error:
             return scanning("watch", str(error).rstrip("."))
@@ -118,7 +119,10 @@ class WatchSource:
                 resolver.directory(place, names)
             for place in heard.items(first, last):
                 resolver.item(place)
-            return resolver.changelist()
+            found = resolver.changelist()
+        for directory, inode, name in places.points:
+            found.dirs.append(DirChange(directory, None, {name}, inode=inode))
+        return found
 
     def _since(self, closed: Answer, places: Places) -> Changelist | None:
         """What was heard of since the epoch was closed; None where that is not known."""
@@ -137,7 +141,7 @@ class WatchSource:
     def _keep(self, record: SnapshotRecord, closed: Answer, places: Places) -> None:
         """Let the daemon count from this snapshot on."""
         with contextlib.suppress(SourceError):  # then it is gone, and the next sync scans
-            if places_of(self._sources, self._leaves_out).token == places.token:
+            if places_of(self._sources, self._filters).token == places.token:
                 base = Base(record.number, record.time_ns, places.token)
                 question = Question("confirm", closed.epoch, base, closed.since_ns)
                 client.ask(self._directory, question)

@@ -12,17 +12,18 @@ import msgspec
 
 from cloudfs.core.errors import SourceError
 from cloudfs.source.numbers import kind_keeps_numbers
+from cloudfs.source.scan import Filters
 from cloudfs.source.watch import client
 from cloudfs.source.watch.daemon import Daemon, WatchJob
-from cloudfs.source.watch.places import LeavesOut, Places, places_of
+from cloudfs.source.watch.places import Places, places_of
 from cloudfs.source.watch.protocol import Question
 
 _SECRETS = "CLOUDFS_PASSPHRASE"
 
 
-def job_for(directory: Path, sources: list[bytes], leaves_out: LeavesOut) -> WatchJob:
+def job_for(directory: Path, sources: list[bytes], filters: Filters) -> WatchJob:
     """What the daemon of a policy is to do. Raises SourceError where the tree cannot be watched."""
-    places = places_of(sources, leaves_out)
+    places = places_of(sources, filters)
     _check(places)
     first = {place.device: place.path for place in places.found}
     return WatchJob(str(directory), list(first.values()), list(first))
