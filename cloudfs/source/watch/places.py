@@ -95,10 +95,10 @@ class _Layout:
         it goes.
         """
         try:
-            # A view may have a server that does not answer. What refuses is reported by each sync.
+            # A view is not asked: it may have a server that does not answer.
             status = None if is_view(mount) else os.stat(mount.place)
         except OSError:
-            status = None
+            return  # each sync looks again, and reports it
         is_dir = status is None or st.S_ISDIR(status.st_mode)
         if self._matcher is not None and self._matcher.excludes(below, is_dir):
             return
