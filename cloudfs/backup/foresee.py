@@ -64,7 +64,8 @@ def _asked(
         from cloudfs.source.watch.session import WatchSource
 
         place = local.watch_dir(settings.name)
-        return WatchSource(settings.sources, place, settings.filters).state(*at)
+        watch = WatchSource(settings.name, settings.sources, place, settings.filters)
+        return watch.state(*at)
     if kind == "btrfs":
         return btrfs_source(settings, record.id, directory).state(*at, items)
     if kind == "live":

@@ -101,8 +101,8 @@ def _ready(
         from cloudfs.source.watch.session import WatchSource
 
         directory = job.repository.local.watch_dir(settings.name)
-        watch = WatchSource(settings.sources, directory, settings.filters)
-        return watch.ready(settings.name, state.head.snapshot, state.head.taken_ns)
+        watch = WatchSource(settings.name, settings.sources, directory, settings.filters)
+        return watch.ready(state.head.snapshot, state.head.taken_ns)
     return contextlib.nullcontext(scanned(settings.sources, _no_btrfs(settings, history)))
 
 

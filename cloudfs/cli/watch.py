@@ -86,7 +86,7 @@ def _running(app: App, name: str, job: WatchJob, directory: Path) -> int:
         answer = client.ask(directory, Question("state"))
     except client.NoDaemon:
         return 0
-    if set(job.devices) <= set(answer.devices):
+    if job.devices.items() <= answer.devices.items():
         return answer.pid
     app.output.note(f"{name} lies on other file systems than its daemon watches; it starts anew.")
     start.stop(directory)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.cli.conftest import PROGRAM, Machine
 from tests.engine import loops
+from tests.engine.btrfs import run
 from tests.fuse.compare import assert_same
 
 
@@ -136,6 +137,31 @@ def test_how_it_stands_with_a_tree_that_is_gone(watched: Machine, tree: Path) ->
     assert "  1, " in done.out
     tree.with_name("aside").rename(tree)
     assert watched.source_state() == ("2 names", "watch, complete")  # heard of beside the tree
+
+
+def test_a_file_system_that_got_another_id(machine: Machine, repo: str, tmp_path: Path) -> None:
+    """Events go on naming it by the old one."""
+    with loops.file_system(tmp_path, "ext4", 64 << 20, "-O", "metadata_csum_seed") as volume:
+        tree = volume / "tree"
+        tree.mkdir()
+        create = ("policy", "create", "home", "--source", tree, "--repo", repo)
+        machine.run(*create, "--snapshot", "watch")
+        machine.run("watch", "home")
+        machine.run("sync", "home")
+        device = subprocess.check_output(["findmnt", "-no", "SOURCE", volume], text=True).strip()
+        run("tune2fs", "-U", "random", device)
+        (tree / "file").write_text("named by the old one")
+        assert "(given another id since the daemon started?)" in machine.source_state()[1]
+        done = machine.run("sync", "home")
+        assert "1 new" in done.out
+        assert done.err.endswith("since the daemon started?). Start it anew: cloudfs watch home\n")
+        machine.run("watch", "home")
+        machine.run("sync", "home")
+        (tree / "file").write_text("named by the new one")
+        done = machine.run("sync", "home")
+        assert "1 changed" in done.out
+        assert done.err == ""
+        machine.run("watch", "home", "--stop")
 
 
 def test_in_the_foreground(machine: Machine, tree: Path, repo: str) -> None:

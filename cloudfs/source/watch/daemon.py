@@ -46,12 +46,13 @@ _log = logging.getLogger("cloudfs.watch")
 
 
 class WatchJob(msgspec.Struct, frozen=True):
-    """What a daemon is to do. ``paths``: one on each file system that is to be watched, whose
-    ``devices`` (st_dev) stand in the same order."""
+    """What a daemon is to do. ``paths``: one on each file system that is to be watched, of which
+    ``devices`` gives st_dev and the id that events name it by from now on, whatever becomes of it.
+    """
 
     directory: str
     paths: list[bytes]
-    devices: list[int]
+    devices: dict[int, bytes]
     log_file: str = ""
     unlimited: bool = True  # the kernel's queue; tests let it overflow
 
@@ -129,6 +130,7 @@ class Daemon:
         self._fanotify = Fanotify(unlimited=job.unlimited)
         for path in job.paths:
             self._fanotify.mark(path)
+        self._devices = job.devices
         self._heard = WatchedSet(self._directory / EVENTS, writer=True)
         self._ear = Ear(self._fanotify, self._heard)
         self._since_ns = time.time_ns()
@@ -207,13 +209,14 @@ class Daemon:
                 self._ear.drop_through(question.epoch)
         elif question.ask == "stop":
             self._stopping = True
+        marked = self._fanotify.marked()
         return Answer(
             os.getpid(),
             epoch,
             self._first,
             self._base,
             next(iter(self._ear.lost.values()), ""),
-            sorted(self._fanotify.marked()),
+            {device: fsid for device, fsid in self._devices.items() if device in marked},
             self._heard.count(),
             self._since_ns,
         )

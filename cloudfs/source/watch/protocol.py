@@ -52,6 +52,6 @@ class Answer(msgspec.Struct, frozen=True):
     first: int
     base: Base | None
     lost: str
-    devices: list[int]  # of the file systems that are watched, as st_dev
+    devices: dict[int, bytes]  # the file systems that are watched: st_dev, and their id in events
     pending: int  # names and items heard of, since the base
     since_ns: int  # when the daemon began to listen

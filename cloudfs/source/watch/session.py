@@ -36,16 +36,17 @@ STATE_TIMEOUT_S = 5.0
 class WatchSource:
     """The watch side of the syncs of one policy on this machine."""
 
-    def __init__(self, sources: list[bytes], directory: Path, filters: Filters) -> None:
-        """``directory`` is the daemon's, ``filters`` are the policy's."""
+    def __init__(self, name: str, sources: list[bytes], directory: Path, filters: Filters) -> None:
+        """``directory`` is the daemon's; ``name`` and ``filters`` are the policy's."""
+        self._name = name
         self._sources = sources
         self._directory = directory
         self._filters = filters
 
     @contextlib.contextmanager
-    def ready(self, name: str, snapshot: int, taken_ns: int) -> Iterator[Ready]:
+    def ready(self, snapshot: int, taken_ns: int) -> Iterator[Ready]:
         """The tree itself, and what changed since the snapshot of the repository that the local
-        state is at (0: at none): its number and time. ``name`` is the policy's."""
+        state is at (0: at none): its number and time."""
         found = Ready("watch", self._sources)
         try:
             places = places_of(self._sources, self._filters)
@@ -53,7 +54,7 @@ class WatchSource:
             closed = client.ask(self._directory, Question("close"))
         except SourceError as error:
             found.kind = "scan"
-            advice = f". Start one: cloudfs watch {name}"
+            advice = f". Start one: cloudfs watch {self._name}"
             advice = advice if isinstance(error, client.NoDaemon) else ""
             found.notes.append(f"the tree is scanned: {str(error).rstrip('.')}{advice}")
             yield found
@@ -85,10 +86,14 @@ class WatchSource:
 
     def _reason(self, closed: Answer, places: Places, snapshot: int, taken_ns: int) -> str:
         """Why what the daemon heard is not all; "" if it is."""
-        unwatched = [p for p in places.found if p.device not in closed.devices]
-        if unwatched:
-            shown = os.fsdecode(unwatched[0].path)
-            return f"the file system of {shown} is not watched (mounted since the daemon started?)"
+        for place in places.found:
+            fsid = closed.devices.get(place.device)
+            if fsid != place.fsid:
+                how = "mounted" if fsid is None else "given another id"
+                return (
+                    f"the file system of {os.fsdecode(place.path)} is not watched ({how} since the"
+                    f" daemon started?). Start it anew: cloudfs watch {self._name}"
+                )
         if closed.lost:
             return closed.lost
         if closed.base is None:

@@ -25,8 +25,9 @@ def job_for(directory: Path, sources: list[bytes], filters: Filters) -> WatchJob
     """What the daemon of a policy is to do. Raises SourceError where the tree cannot be watched."""
     places = places_of(sources, filters)
     _check(places)
-    first = {place.device: place.path for place in places.found}
-    return WatchJob(str(directory), list(first.values()), list(first))
+    paths = {place.device: place.path for place in places.found}
+    devices = {place.device: place.fsid for place in places.found}
+    return WatchJob(str(directory), list(paths.values()), devices)
 
 
 def _check(places: Places) -> None:
