@@ -77,7 +77,7 @@ def _job(app: App, name: str, directory: Path) -> WatchJob:
 def _running(app: App, name: str, job: WatchJob, directory: Path) -> int:
     """The process id of the daemon that watches all of this already; 0 for none.
 
-    One that watches other file systems is ended.
+    One that watches other file systems is ended, and one of which syncs cannot read what it heard.
     """
     from cloudfs.source.watch import client, start
     from cloudfs.source.watch.protocol import Question
@@ -86,9 +86,13 @@ def _running(app: App, name: str, job: WatchJob, directory: Path) -> int:
         answer = client.ask(directory, Question("state"))
     except client.NoDaemon:
         return 0
-    if job.devices.items() <= answer.devices.items():
+    if not job.devices.items() <= answer.devices.items():
+        words = f"{name} lies on other file systems than its daemon watches; it starts anew."
+    elif not start.is_readable(directory):
+        words = f"What the daemon of {name} wrote down cannot be read; it starts anew."
+    else:
         return answer.pid
-    app.output.note(f"{name} lies on other file systems than its daemon watches; it starts anew.")
+    app.output.note(words)
     start.stop(directory)
     return 0
 

@@ -164,6 +164,17 @@ def test_a_file_system_that_got_another_id(machine: Machine, repo: str, tmp_path
         machine.run("watch", "home", "--stop")
 
 
+def test_what_was_heard_is_removed(watched: Machine, tree: Path) -> None:
+    shutil.rmtree(watched.home / "state" / "watch" / "home" / "events")
+    assert "Start it anew: cloudfs watch home" in watched.run("sync", "home").err
+    assert "is watched now" in watched.run("watch", "home").out
+    watched.run("sync", "home")
+    (tree / "new").write_text("heard")
+    done = watched.run("sync", "home")
+    assert "1 new" in done.out
+    assert done.err == ""
+
+
 def test_in_the_foreground(machine: Machine, tree: Path, repo: str) -> None:
     create = ("policy", "create", "home", "--source", tree, "--repo", repo, "--snapshot", "watch")
     machine.run(*create)

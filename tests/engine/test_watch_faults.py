@@ -23,7 +23,7 @@ import pytest
 
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
-from cloudfs.db.watched import Place
+from cloudfs.db.watched import Place, WatchedSet
 from cloudfs.source import handles, scan
 from cloudfs.source.scan import Filters, Scanner
 from cloudfs.source.watch import client, start
@@ -100,6 +100,35 @@ def test_a_daemon_that_dies_while_a_sync_runs(
         watched.sync()
         assert watched.daemon_was_replaced  # type: ignore[attr-defined]
     scanned(watched, "only since after the last snapshot")
+
+
+def test_a_daemon_that_is_replaced_before_a_sync_reads_what_it_heard(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(watched)
+    (watched.tree / "file").write_text("text")
+    real = WatchedSet.__init__
+
+    def replacing(self: WatchedSet, *what: Any, **more: Any) -> None:
+        watched.kill()
+        watched.start()
+        real(self, *what, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WatchedSet, "__init__", replacing)
+        watched.sync()
+    assert "taken the place" in watched.notes[0]
+    watched.check()
+
+
+def test_what_was_heard_is_removed(watched: Watched) -> None:
+    settle(watched)
+    shutil.rmtree(watched.place / "events")
+    (watched.tree / "file").write_text("text")
+    watched.sync()
+    assert "cannot be read" in watched.notes[0]
+    assert "Start it anew: cloudfs watch home" in watched.notes[0]
+    watched.check()
 
 
 def test_a_queue_that_overflows(watched: Watched) -> None:

@@ -16,6 +16,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import lmdb
+
 from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
@@ -109,22 +111,32 @@ class WatchSource:
         if written.hidden:
             raise SourceError(written.hidden)
         devices = {place.device for place in places.found}
-        found = self._heard(closed.first, closed.epoch, places)
+        found = self._heard(closed.first, closed.epoch, places, closed)
         assert found.inodes is not None
         found.inodes.update((inode, None) for device, inode in written.inodes if device in devices)
         found.looks.update(inode for device, inode in written.opened if device in devices)
         return found
 
-    def _heard(self, first: int, last: int, places: Places) -> Changelist:
-        with (
-            contextlib.closing(WatchedSet(self._directory / EVENTS, writer=False)) as heard,
-            contextlib.closing(Resolver(places.found)) as resolver,
-        ):
-            for place, names in heard.directories(first, last):
-                resolver.directory(place, names)
-            for place in heard.items(first, last):
-                resolver.item(place)
+    def _heard(self, first: int, last: int, places: Places, closed: Answer) -> Changelist:
+        """What was heard of in some epochs. Raises SourceError, also where another daemon has
+        taken the place of the one that answered: it begins with an empty set."""
+        with contextlib.closing(Resolver(places.found)) as resolver:
+            try:
+                with contextlib.closing(
+                    WatchedSet(self._directory / EVENTS, writer=False)
+                ) as heard:
+                    for place, names in heard.directories(first, last):
+                        resolver.directory(place, names)
+                    for place in heard.items(first, last):
+                        resolver.item(place)
+            except (lmdb.Error, OSError) as error:
+                raise SourceError(
+                    f"what the watch daemon wrote down cannot be read ({error}). Start it anew:"
+                    f" cloudfs watch {self._name}"
+                ) from None
             found = resolver.changelist()
+        if client.ask(self._directory, Question("state")).since_ns != closed.since_ns:
+            raise SourceError("another watch daemon has taken the place of the one that was asked")
         for directory, inode, name in places.points:
             found.dirs.append(DirChange(directory, None, {name}, inode=inode))
         return found
@@ -135,7 +147,7 @@ class WatchSource:
             now = client.ask(self._directory, Question("state"))
             if now.since_ns != closed.since_ns or now.lost:
                 return None
-            found = self._heard(closed.epoch + 1, now.epoch, places)
+            found = self._heard(closed.epoch + 1, now.epoch, places, closed)
         except SourceError:
             return None
         assert found.inodes is not None

@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 import msgspec
 
 from cloudfs.core.errors import SourceError
+from cloudfs.db.watched import WatchedSet
 from cloudfs.source.numbers import kind_keeps_numbers
 from cloudfs.source.scan import Filters
 from cloudfs.source.watch import client
 from cloudfs.source.watch.daemon import Daemon, WatchJob
 from cloudfs.source.watch.places import Places, places_of
-from cloudfs.source.watch.protocol import Question
+from cloudfs.source.watch.protocol import EVENTS, Question
 
 _SECRETS = "CLOUDFS_PASSPHRASE"
 
@@ -80,6 +82,15 @@ def serve(job: WatchJob, announce: Callable[[], None]) -> None:
     daemon = Daemon(job)
     announce()
     daemon.run()
+
+
+def is_readable(directory: Path) -> bool:
+    """Whether syncs can read what the daemon of a directory heard."""
+    try:
+        WatchedSet(directory / EVENTS, writer=False).close()
+    except (lmdb.Error, OSError):
+        return False
+    return True
 
 
 def stop(directory: Path) -> int:
