@@ -228,6 +228,22 @@ def test_another_file_system_is_watched_by_a_daemon_anew(
     gone(first)
 
 
+def test_another_file_system_is_watched_by_a_service_anew(
+    watched: Machine, tree: Path, tmp_path: Path
+) -> None:
+    """It waits for the end of the daemon whose place it takes."""
+    first = process_of(watched)
+    more = tmp_path / "more"
+    more.mkdir()
+    watched.run("policy", "set", "home", "--source", tree, "--source", more)
+    process = watched.start("watch", "home", "--foreground", "--json")
+    assert process.stdout is not None
+    assert f'"pid":{process.pid}' in process.stdout.readline()
+    gone(first)
+    watched.run("watch", "home", "--stop")
+    assert process.wait(timeout=30) == 0
+
+
 @pytest.mark.parametrize(
     "way", [("remove", "home", "--yes"), ("set", "home", "--snapshot", "scan")]
 )

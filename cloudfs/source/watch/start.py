@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +21,10 @@ from cloudfs.source.scan import Filters
 from cloudfs.source.watch import client
 from cloudfs.source.watch.daemon import Daemon, WatchJob
 from cloudfs.source.watch.places import Places, places_of
-from cloudfs.source.watch.protocol import EVENTS, Question
+from cloudfs.source.watch.protocol import EVENTS, LOCK, Question
 
+END_TIMEOUT_S = 30.0
+PAUSE_S = 0.01
 _SECRETS = "CLOUDFS_PASSPHRASE"
 
 
@@ -94,5 +99,14 @@ def is_readable(directory: Path) -> bool:
 
 
 def stop(directory: Path) -> int:
-    """Stop the daemon of a directory; its process id. Raises :class:`client.NoDaemon`."""
-    return client.ask(directory, Question("stop")).pid
+    """Stop the daemon of a directory, and wait till another one can take its place; its process
+    id. Raises :class:`client.NoDaemon`."""
+    pid = client.ask(directory, Question("stop")).pid
+    deadline = time.monotonic() + END_TIMEOUT_S
+    with contextlib.suppress(FileNotFoundError), open(directory / LOCK, "rb") as lock:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            time.sleep(PAUSE_S)
+    return pid
