@@ -89,6 +89,11 @@ class WatchedSet:
             for key in _between(cursor, first, last):
                 yield _place(key)
 
+    def forget_dead_readers(self) -> None:
+        """Let go of what readers held that were killed: no room would be used again till the end
+        of this process."""
+        self._env.reader_check()
+
     def count(self) -> int:
         """How many names and items there are, of all epochs."""
         with self._env.begin() as txn:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 
 from cloudfs.backup.publish import Publisher
@@ -119,6 +120,39 @@ def test_a_daemon_that_is_replaced_before_a_sync_reads_what_it_heard(
         watched.sync()
     assert "taken the place" in watched.notes[0]
     watched.check()
+
+
+READING = """
+import sys, time
+from pathlib import Path
+from cloudfs.db.watched import WatchedSet
+
+heard = WatchedSet(Path(sys.argv[1]), writer=False).directories(0, 1 << 31)
+next(heard)
+print("reading", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_sync_killed_while_it_reads_what_was_heard(watched: Watched) -> None:
+    """It holds no room in the set for ever."""
+    settle(watched)
+    (watched.tree / "file").write_text("text")
+    watched.state()  # so that it is in the set
+    arguments = [sys.executable, "-c", READING, watched.place / "events"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reading\n"
+        assert str(reader.pid) in readers(watched)
+        reader.kill()
+    heard(watched)
+    assert str(reader.pid) not in readers(watched)
+
+
+def readers(rig: Watched) -> list[str]:
+    """The process ids of those who read the set, or are taken for such."""
+    with lmdb.open(str(rig.place / "events"), readonly=True, max_dbs=2) as opened:
+        return [line.split()[0] for line in opened.readers().splitlines()[1:]]
 
 
 def test_what_was_heard_is_removed(watched: Watched) -> None:

@@ -206,6 +206,7 @@ class Daemon:
             same = question.since_ns == self._since_ns  # else another daemon closed that epoch
             if same and self._first <= question.epoch < epoch:
                 self._base, self._first = question.base, question.epoch + 1
+                self._heard.forget_dead_readers()
                 self._ear.drop_through(question.epoch)
         elif question.ask == "stop":
             self._stopping = True
