@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cloudfs.backup.publish import Publisher
+from cloudfs.core.errors import SourceError
 from cloudfs.source.scan import Filters
+from cloudfs.source.watch.session import WatchSource
 from tests.engine.btrfs import run
 from tests.engine.test_watch_faults import scanned
 from tests.engine.watched import Watched, heard, settle
@@ -59,7 +64,10 @@ def test_mounts_of_any_name_and_kind(base: Path) -> None:
 IN_A_CHROOT = """
 import ctypes, os, sys
 from cloudfs.core.errors import SourceError
+from cloudfs.backup.publish import Publisher
+from cloudfs.core.errors import SourceError
 from cloudfs.source.scan import Filters
+from cloudfs.source.watch.session import WatchSource
 from cloudfs.source.watch.places import places_of
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -143,3 +151,74 @@ def test_a_file_that_is_a_mount_point(watched: Watched, own_volume: Path, direct
         (own_volume / "file").write_text("two and more")
         heard(watched)
     scanned(watched, "is another one than before")
+
+
+CLOSED = """
+import errno, stat, sys
+import pyfuse3, trio
+
+class Closed(pyfuse3.Operations):
+    async def getattr(self, inode, ctx=None):
+        found = pyfuse3.EntryAttributes()
+        found.st_ino, found.st_mode, found.st_nlink = inode, stat.S_IFDIR | 0o755, 2
+        return found
+
+    async def opendir(self, inode, ctx):
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+pyfuse3.init(Closed(), sys.argv[1], {"fsname=closed"})
+print("mounted", flush=True)
+trio.run(pyfuse3.main)
+"""
+
+
+@contextlib.contextmanager
+def closed(place: Path) -> Iterator[None]:
+    """A mount that can be looked at and not opened, as a network share that is another user's."""
+    arguments = [sys.executable, "-c", CLOSED, place]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "mounted\n"
+        try:
+            yield
+        finally:
+            run("umount", "-l", place)
+            server.kill()
+
+
+def test_a_mount_that_cannot_be_opened(watched: Watched) -> None:
+    within = watched.tree / "within"
+    within.mkdir()
+    settle(watched)
+    with closed(within):
+        for text in ("one", "two"):
+            (watched.tree / "file").write_text(text)
+            result = watched.sync()
+            assert result.unreadable == [(b"within", "permission denied")]
+            assert f"is scanned: {within}: permission denied" in watched.notes[0]
+            number = watched.history().snapshots[-1].number
+            assert watched.contents(number)[b"/file"][-1] == text.encode()  # type: ignore[index]
+        source = WatchSource("home", [os.fsencode(watched.tree)], watched.place, watched.filters)
+        assert source.state(2, 0).reason == f"{within}: permission denied"
+        with pytest.raises(SourceError, match="permission denied"):
+            watched.start()
+    scanned(watched, "another snapshot")
+
+
+def test_a_mount_that_cannot_be_opened_after_the_commit(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within = watched.tree / "within"
+    within.mkdir()
+    settle(watched)
+    (watched.tree / "file").write_text("text")
+    real = Publisher.publish
+    with contextlib.ExitStack() as mounted, monkeypatch.context() as patch:
+
+        def mount_first(*args: Any) -> Any:
+            mounted.enter_context(closed(within))
+            return real(*args)
+
+        patch.setattr(Publisher, "publish", mount_first)
+        assert watched.sync().snapshot is not None
+    scanned(watched, "another snapshot")
