@@ -14,6 +14,7 @@ class Mount(NamedTuple):
     """One mount."""
 
     number: int
+    parent: int  # the number of the mount that it is mounted on
     device: int  # as st_dev
     top: bytes  # what of the file system is mounted
     place: bytes
@@ -29,13 +30,13 @@ def mounts(pid: str = "self") -> list[Mount]:
     # Names hold what other breaks of lines and other encodings there are: only "\n" is escaped.
     for line in Path(f"/proc/{pid}/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields, _, rest = line.partition(b" - ")
-        number, _, device, top, place, options = fields.split(b" ")[:6]
+        number, parent, device, top, place, options = fields.split(b" ")[:6]
         kind, of, given = rest.split(b" ")[:3]
         major, _, minor = device.partition(b":")
         made = os.makedev(int(major), int(minor))
         words = frozenset(os.fsdecode(options).split(","))
         what = (os.fsdecode(kind), _plain(of), words, _plain(given))
-        found.append(Mount(int(number), made, _plain(top), _plain(place), *what))
+        found.append(Mount(int(number), int(parent), made, _plain(top), _plain(place), *what))
     return found
 
 
@@ -44,6 +45,24 @@ def within(top: bytes, all_mounts: list[Mount]) -> list[Mount]:
     prefix = top.rstrip(b"/") + b"/"
     last = {mount.place: mount for mount in all_mounts if mount.place.startswith(prefix)}
     return list(last.values())
+
+
+def seen_within(top: bytes, number: int, all_mounts: list[Mount]) -> list[Mount]:
+    """What is mounted below a directory that is on the mount of this number, and not hidden by what
+    is mounted over it or above."""
+    prefix = top.rstrip(b"/") + b"/"
+    below = {mount.number: mount for mount in all_mounts if mount.place.startswith(prefix)}
+    covered = {(mount.parent, mount.place) for mount in below.values()}
+
+    def is_seen(mount: Mount) -> bool:
+        parts = mount.place[len(prefix) :].split(b"/")
+        above = [prefix + b"/".join(parts[:end]) for end in range(1, len(parts))]
+        if any((mount.parent, place) in covered for place in above):
+            return False
+        return mount.parent == number or (mount.parent in below and is_seen(below[mount.parent]))
+
+    tops = [mount for mount in below.values() if (mount.number, mount.place) not in covered]
+    return [mount for mount in tops if is_seen(mount)]
 
 
 def _plain(escaped: bytes) -> bytes:

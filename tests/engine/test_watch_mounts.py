@@ -153,6 +153,24 @@ def test_a_file_that_is_a_mount_point(watched: Watched, own_volume: Path, direct
     scanned(watched, "is another one than before")
 
 
+def test_a_mount_that_another_one_hides(watched: Watched, own_volume: Path) -> None:
+    """By what is mounted above it, or over it."""
+    (watched.tree / "a" / "b").mkdir(parents=True)
+    (own_volume / "b").mkdir()
+    with contextlib.ExitStack() as mounted:
+        for place in ("a/b", "a"):
+            run("mount", "-t", "tmpfs", "none", watched.tree / place)
+            mounted.callback(run, "umount", watched.tree / place)
+        mounted.enter_context(bound(own_volume, watched.tree / "a"))
+        watched.kill()
+        watched.start()
+        assert len(watched.state().devices) == 2
+        settle(watched)
+        (own_volume / "b" / "file").write_text("text")
+        heard(watched)
+    scanned(watched, "is another one than before")
+
+
 CLOSED = """
 import errno, stat, sys
 import pyfuse3, trio

@@ -15,7 +15,7 @@ import xxhash
 
 from cloudfs.core.errors import SourceError
 from cloudfs.source.inode import StatReader
-from cloudfs.source.mounts import Mount, mounts, within
+from cloudfs.source.mounts import Mount, mounts, seen_within
 from cloudfs.source.own import is_view
 from cloudfs.source.roots import root_names
 from cloudfs.source.scan import Filters, Matcher
@@ -84,7 +84,7 @@ class _Layout:
         self.digest.update(b"%d %d %d\0" % (status.dev, status.ino, status.btime_ns) + top)
         own = _mount_of(source, fd, all_mounts)
         self.found.append(Place(top, name, own.device, _fsid(fd), own.kind, True))
-        for mount in within(top, all_mounts):
+        for mount in seen_within(top, own.number, all_mounts):
             below = mount.place[len(top.rstrip(b"/")) + 1 :]
             self._add_mount(mount, name, below, status.dev)
 
