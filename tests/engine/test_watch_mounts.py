@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cloudfs.backup.attempt import Attempt
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError
 from cloudfs.source.scan import Filters
@@ -64,6 +65,7 @@ def test_mounts_of_any_name_and_kind(base: Path) -> None:
 IN_A_CHROOT = """
 import ctypes, os, sys
 from cloudfs.core.errors import SourceError
+from cloudfs.backup.attempt import Attempt
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError
 from cloudfs.source.scan import Filters
@@ -169,6 +171,36 @@ def test_a_mount_that_another_one_hides(watched: Watched, own_volume: Path) -> N
         (own_volume / "b" / "file").write_text("text")
         heard(watched)
     scanned(watched, "is another one than before")
+
+
+def test_a_mount_that_is_away_while_a_scan_looks(
+    watched: Watched, own_volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel lists another one in its place by the same number."""
+    within = watched.tree / "within"
+    within.mkdir()
+    (own_volume / "file").write_text("text")
+    publish, walk = Publisher.publish, Attempt._walk_all
+    run("mount", "--bind", own_volume, within)
+    watched.kill()
+    watched.start()
+
+    def without(*args: Any) -> Any:
+        run("umount", within)
+        return walk(*args)
+
+    def with_it(*args: Any) -> Any:
+        run("mount", "--bind", own_volume, within)
+        return publish(*args)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Attempt, "_walk_all", without)
+            patch.setattr(Publisher, "publish", with_it)
+            watched.sync()
+        scanned(watched, "only since after the last snapshot")
+    finally:
+        run("umount", within)
 
 
 CLOSED = """

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import xxhash
 
 from cloudfs.core.errors import SourceError
-from cloudfs.source.inode import StatReader
+from cloudfs.source.inode import StatReader, mount_of
 from cloudfs.source.mounts import Mount, mounts, seen_within
 from cloudfs.source.own import is_view
 from cloudfs.source.roots import root_names
@@ -102,7 +102,8 @@ class _Layout:
         is_dir = status is None or st.S_ISDIR(status.st_mode)
         if self._matcher is not None and self._matcher.excludes(below, is_dir):
             return
-        self.digest.update(b"%d %d %s\0" % (mount.device, mount.number, mount.top) + mount.place)
+        number = _number(mount)
+        self.digest.update(b"%d %d %s\0" % (mount.device, number, mount.top) + mount.place)
         path = name + b"/" + below if name else below
         if status is None:
             return
@@ -112,6 +113,15 @@ class _Layout:
         above, _, own_name = path.rpartition(b"/")
         inode = os.stat(os.path.dirname(mount.place)).st_ino
         self.points.append(Point(above, inode, own_name))
+
+
+def _number(mount: Mount) -> int:
+    """One that no later mount gets, if the kernel gives such: the listed ones are given again."""
+    fd = os.open(mount.place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return mount_of(fd) or mount.number
+    finally:
+        os.close(fd)
 
 
 def _open(path: bytes) -> int:
