@@ -173,6 +173,28 @@ def test_a_mount_that_another_one_hides(watched: Watched, own_volume: Path) -> N
     scanned(watched, "is another one than before")
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_changes_beneath_a_mount(
+    watched: Watched, own_volume: Path, tmp_path: Path, parts: bool
+) -> None:
+    """They are heard of, as is what else happens on that file system, and are not in the tree."""
+    covered, over = watched.tree / "within", own_volume
+    (covered / "in").mkdir(parents=True)
+    if parts:  # of the same file system, so that its device does not tell
+        over = watched.base / "over"
+        over.mkdir()
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    with bound(over, covered), bound(watched.tree, beside):
+        watched.kill()
+        watched.start()
+        settle(watched)
+        for text in ("one", "two and more"):
+            (beside / "within" / "in" / "file").write_text(text)
+            (watched.tree / "file").write_text(text)
+            heard(watched)
+
+
 def test_a_mount_that_is_away_while_a_scan_looks(
     watched: Watched, own_volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

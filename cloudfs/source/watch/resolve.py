@@ -84,11 +84,11 @@ class Resolver:
                 if there == (here.st_dev, here.st_ino):
                     return _Found(below, here.st_ino, os.stat(b"..", dir_fd=fd).st_ino)
                 if there is not None and there[0] != here.st_dev:
-                    self._elsewhere.add(here.st_ino)
-                    return None  # something is mounted over it, or above it
+                    break
+            self._elsewhere.add(here.st_ino)
+            return None  # something is mounted over it, or above it, or it is moved all the time
         except OSError as error:
             raise _cannot(part, error) from None
-        raise SourceError(f"{os.fsdecode(part.path)} changes too fast to follow")
 
     def _add(self, part: Part, found: _Found, names: set[bytes]) -> None:
         """Note the names, and the directory's own name, for its times change with them."""
