@@ -695,6 +695,47 @@ def burst(watched: Watched, count: int) -> None:
     assert peak_kb < 200_000, "the daemon keeps its set in memory"
 
 
+def test_directories_deeper_than_a_path_may_be_long(watched: Watched) -> None:
+    """Within the tree and beside it."""
+    (watched.base / "outside").mkdir()
+    tops = [os.open(top, os.O_RDONLY) for top in (watched.tree, watched.base / "outside")]
+    deep = [make_deep(top) for top in tops]
+    settle(watched)
+    for number, text in enumerate((b"one", b"two and more"), 2):
+        for fd in deep:
+            write(fd, text)
+        result = watched.sync()
+        assert watched.notes == []
+        assert not result.unreadable
+        path = b"/" + b"/".join([DEEP] * LEVELS) + b"/file"
+        assert watched.contents(number)[path][-1] == text  # type: ignore[index]
+    write(deep[1], b"three")
+    assert watched.sync().snapshot is None
+    assert watched.notes == []
+    for fd in (*deep, *tops):
+        os.close(fd)
+
+
+DEEP, LEVELS = b"d" * 200, 25
+
+
+def make_deep(top: int) -> int:
+    """A directory so deep that the kernel takes and tells no path of it at once."""
+    fd = os.dup(top)
+    for _ in range(LEVELS):
+        os.mkdir(DEEP, dir_fd=fd)
+        below = os.open(DEEP, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    return fd
+
+
+def write(directory: int, text: bytes) -> None:
+    fd = os.open("file", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, dir_fd=directory)
+    os.write(fd, text)
+    os.close(fd)
+
+
 @pytest.mark.parametrize("excludes", [(), ("doc/",), ("/cache/doc",)])
 def test_a_mount_that_cannot_be_looked_at(watched: Watched, excludes: tuple[str, ...]) -> None:
     """Where it is not left out it is reported each time, and the sync does not scan for that."""
