@@ -8,10 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cloudfs.core.changelist import Changelist
 from cloudfs.source.scan import Filters
+from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
 from tests.engine.btrfs import run
 from tests.engine.rig import contents_of_tree, difference
@@ -183,3 +186,72 @@ def test_what_changed_in_a_directory_that_is_left_out_since(watched: Watched) ->
     result = watched.sync()  # a scan counts the same
     assert result.snapshot is not None
     assert (result.snapshot.stats.files, result.snapshot.stats.dirs) == (5, 6)
+
+
+# -- several places on one file system --------------------------------------------------------
+
+
+@pytest.fixture
+def in_doubt(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """The directories that each sync could not find, and leaves to the next one."""
+    found: list[set[int]] = []
+    real = Resolver.changelist
+
+    def changelist(self: Resolver) -> Changelist:
+        changes = real(self)
+        found.append(changes.elsewhere)
+        return changes
+
+    monkeypatch.setattr(Resolver, "changelist", changelist)
+    return found
+
+
+@pytest.mark.parametrize("mounted", ["tree/part", "outside"])
+def test_a_directory_is_in_one_of_two_places(
+    watched: Watched, in_doubt: list[set[int]], mounted: str
+) -> None:
+    """It is not looked for in the other one."""
+    for path in ("tree/part", "tree/place", "tree/in", "outside"):
+        (watched.base / path).mkdir()
+    run("mount", "--bind", watched.base / mounted, watched.tree / "place")
+    try:
+        settle(watched)
+        changed = [watched.base / path for path in ("tree/in", "tree/part", "tree/place")]
+        for directory in changed:
+            (directory / "file").write_text("text")
+        heard(watched)
+        assert in_doubt.pop().isdisjoint(directory.stat().st_ino for directory in changed)
+    finally:
+        run("umount", watched.tree / "place")
+
+
+def test_a_directory_that_leaves_one_of_two_places(
+    local_volume: Path, in_doubt: list[set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is where one of them holds the other, and goes when it was found in the first."""
+    base = Path(tempfile.mkdtemp(dir=local_volume))
+    inner = base / "tree" / "inner"
+    (inner / "in").mkdir(parents=True)
+    rig = Watched(base, sources=[base / "tree", inner])
+    rig.start()
+    settle(rig)
+    (inner / "in" / "file").write_text("text")
+    real = Resolver._find
+
+    def move_then(*args: Any) -> Any:
+        found = real(*args)
+        if found is not None and found.below == b"inner/in":
+            (inner / "in").rename(base / "in")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resolver, "_find", move_then)
+        rig.sync()
+    assert (base / "in").stat().st_ino in in_doubt.pop()
+    (base / "in").rename(inner / "in")
+    rig.sync()
+    found = rig.contents(rig.history().snapshots[-1].number)
+    for path in (b"/tree/inner/in/file", b"/inner/in/file"):
+        assert found[path][-1] == b"text"  # type: ignore[index]
+    rig.kill()
+    rig.repository.local.close()

@@ -28,8 +28,13 @@ class Place(NamedTuple):
     below: bytes  # the same in the backup
     device: int  # as st_dev
     fsid: bytes  # as fanotify tells it
+    inside: bytes  # where the place is in that file system
     kind: str  # of the file system
     is_source: bool
+
+    def holds(self, inside: bytes) -> bool:
+        """Whether what is at a path in this file system is part of the place."""
+        return (inside.rstrip(b"/") + b"/").startswith(self.inside.rstrip(b"/") + b"/")
 
 
 class Point(NamedTuple):
@@ -83,7 +88,8 @@ class _Layout:
         status = StatReader().of(fd)
         self.digest.update(b"%d %d %d\0" % (status.dev, status.ino, status.btime_ns) + top)
         own = _mount_of(source, fd, all_mounts)
-        self.found.append(Place(top, name, own.device, _fsid(fd), own.kind, True))
+        inside = own.top.rstrip(b"/") + top.removeprefix(own.place.rstrip(b"/"))
+        self.found.append(Place(top, name, own.device, _fsid(fd), inside, own.kind, True))
         for mount in seen_within(top, own.number, all_mounts):
             below = mount.place[len(top.rstrip(b"/")) + 1 :]
             self._add_mount(mount, name, below, status.dev)
@@ -134,7 +140,8 @@ def _open(path: bytes) -> int:
 def _place(mount: Mount, below: bytes) -> Place:
     fd = _open(mount.place)
     try:
-        return Place(mount.place, below, mount.device, _fsid(fd), mount.kind, False)
+        fsid = _fsid(fd)
+        return Place(mount.place, below, mount.device, fsid, mount.top, mount.kind, False)
     except OSError as error:
         raise _cannot(mount.place, error) from None
     finally:

@@ -19,7 +19,7 @@ TRIES = 5
 
 
 class _Found(NamedTuple):
-    below: bytes  # its path below the place
+    below: bytes | None  # its path below the place; None: it is elsewhere
     inode: int
     inode_above: int  # of the directory that it is in
 
@@ -50,17 +50,32 @@ class Resolver:
     def directory(self, place: Place, names: set[bytes]) -> None:
         """Names in a directory changed; b"." is the directory itself. Raises SourceError."""
         fsid, handle = place
+        found: list[tuple[Part, _Found]] = []
         for top, part in zip(self._fds, self._parts, strict=True):
             fd = _opened(top, part, handle) if part.fsid == fsid else None
             if fd is None:
                 continue
             try:
                 self._add_linked(fd, names)
-                found = self._find(top, part, fd)
+                at = self._find(top, part, fd)
             finally:
                 os.close(fd)
-            if found is not None:
-                self._add(part, found, names)
+            if at is not None:
+                found.append((part, at))
+        self._add_all(found, names)
+
+    def _add_all(self, found: list[tuple[Part, _Found]], names: set[bytes]) -> None:
+        """Note where a directory is, in those places that are on its file system.
+
+        Where it was found in one, it is looked for in another one only if that holds it too: then
+        it was moved before it was looked for there.
+        """
+        there = [os.path.join(p.inside, at.below) for p, at in found if at.below is not None]
+        for part, at in found:
+            if at.below is not None:
+                self._add(part, at, names)
+            elif not there or any(map(part.holds, there)):
+                self._elsewhere.add(at.inode)
 
     def _add_linked(self, fd: int, names: set[bytes]) -> None:
         """Files of several names change under all of them, and are told of under one: which may be
@@ -72,21 +87,22 @@ class Resolver:
                     self._inodes.add(status.st_ino)
 
     def _find(self, top: int, part: Part, fd: int) -> _Found | None:
-        """Where an open directory is; None where it is gone or elsewhere. Raises SourceError."""
+        """Where an open directory is; None where it is gone. Raises SourceError."""
         try:
             for _ in range(TRIES):  # it may be moved between any two of these steps
                 here = os.fstat(fd)
                 below = _below(part.path, fd)
-                if below is None or here.st_nlink == 0:
-                    self._elsewhere.update([here.st_ino] if here.st_nlink else [])
+                if here.st_nlink == 0:
                     return None
+                if below is None:
+                    break
                 there = _identity(top, below)
                 if there == (here.st_dev, here.st_ino):
                     return _Found(below, here.st_ino, os.stat(b"..", dir_fd=fd).st_ino)
                 if there is not None and there[0] != here.st_dev:
                     break
-            self._elsewhere.add(here.st_ino)
-            return None  # something is mounted over it, or above it, or it is moved all the time
+            # Or something is mounted over it, or above it, or it is moved all the time.
+            return _Found(None, here.st_ino, 0)
         except OSError as error:
             raise _cannot(part, error) from None
 
