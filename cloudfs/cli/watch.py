@@ -70,7 +70,7 @@ def _job(app: App, name: str, directory: Path) -> WatchJob:
             f"{name} finds what changed by {found_by}; `cloudfs policy set {name}"
             " --snapshot watch` lets its syncs go by a daemon."
         )
-    job = job_for(directory, sources, filters_of(policy))
+    job = job_for(name, directory, sources, filters_of(policy))
     return msgspec.structs.replace(job, log_file=str(app.environment.state_dir / LOG_NAME))
 
 

@@ -200,7 +200,28 @@ def test_a_policy_that_goes_by_something_else(machine: Machine, tree: Path, repo
 def test_a_tree_that_cannot_be_watched(machine: Machine, repo: str) -> None:
     create = ("policy", "create", "odd", "--source", "/proc/self/task", "--repo", repo)
     machine.run(*create, "--snapshot", "watch")
-    assert "cannot be watched" in machine.run("watch", "odd", code=1).err
+    said = machine.fails(1, "watch", "odd")
+    assert "cannot be watched" in said
+    assert said.endswith(" Use another change source: `cloudfs policy set odd --snapshot scan`.")
+
+
+@pytest.mark.parametrize("kind", ["proc", "ramfs"])
+def test_a_file_system_within_that_cannot_be_watched(
+    machine: Machine, tree: Path, repo: str, kind: str
+) -> None:
+    create = ("policy", "create", "odd", "--source", tree, "--repo", repo)
+    machine.run(*create, "--snapshot", "watch")
+    run("mount", "-t", kind, kind, tree / "docs")
+    try:
+        said = machine.fails(1, "watch", "odd")
+        assert f"the file system of {tree}/docs cannot be watched" in said
+        assert "Leave it out (--exclude, --one-file-system)" in said
+        assert "`cloudfs policy set odd --snapshot scan`" in said
+        machine.run("policy", "set", "odd", "--exclude", "/docs/")
+        machine.run("watch", "odd")
+        machine.run("watch", "odd", "--stop")
+    finally:
+        run("umount", tree / "docs")
 
 
 def test_whoever_is_not_root_is_told(machine: Machine, tree: Path, repo: str) -> None:

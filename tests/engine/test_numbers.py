@@ -115,8 +115,8 @@ def test_it_is_not_watched(base: Path) -> None:
     with overlaid(base, base / "tree/within") as place:
         for source in (place, base / "tree"):
             with pytest.raises(SourceError, match="is on overlay, where inodes get other numbers"):
-                start.job_for(base / "state", [os.fsencode(source)], Filters())
-        start.job_for(base / "state", [os.fsencode(base / "tree")], Filters(one_file_system=True))
+                start.job_for("home", base, [os.fsencode(source)], Filters())
+        start.job_for("home", base, [os.fsencode(base / "tree")], Filters(one_file_system=True))
 
 
 def test_it_is_not_mounted_live(base: Path) -> None:

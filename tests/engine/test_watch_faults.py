@@ -820,11 +820,11 @@ def test_a_tree_on_several_file_systems(local_volume: Path, own_volume: Path) ->
 
 def test_two_daemons_of_one_policy(watched: Watched) -> None:
     with pytest.raises(SourceError, match="watched already"):
-        start.start(start.job_for(watched.place, [os.fsencode(watched.tree)], Filters()))
+        watched.start()
 
 
 def test_file_systems_that_cannot_be_watched(tmp_path: Path) -> None:
-    job = start.job_for(tmp_path / "place", [b"/proc/self/task"], Filters())
+    job = start.job_for("home", tmp_path / "place", [b"/proc/self/task"], Filters())
     with pytest.raises(SourceError, match="cannot be watched"):
         start.start(job)
 

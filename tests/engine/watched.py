@@ -27,7 +27,8 @@ class Watched(Rig):
 
     def start(self, *, unlimited: bool = True) -> None:
         """Start the daemon."""
-        job = start.job_for(self.place, [os.fsencode(s) for s in self.sources], self.filters)
+        sources = [os.fsencode(source) for source in self.sources]
+        job = start.job_for("home", self.place, sources, self.filters)
         self.daemon = start.start(msgspec.structs.replace(job, unlimited=unlimited))
 
     def kill(self) -> None:

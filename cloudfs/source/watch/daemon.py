@@ -48,11 +48,13 @@ _log = logging.getLogger("cloudfs.watch")
 class WatchJob(msgspec.Struct, frozen=True):
     """What a daemon is to do. ``paths``: one on each file system that is to be watched, of which
     ``devices`` gives st_dev and the id that events name it by from now on, whatever becomes of it.
+    ``advice`` says for each path what to do where it cannot be watched.
     """
 
     directory: str
     paths: list[bytes]
     devices: dict[int, bytes]
+    advice: list[str]
     log_file: str = ""
     unlimited: bool = True  # the kernel's queue; tests let it overflow
 
@@ -128,8 +130,11 @@ class Daemon:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(self._directory)
         self._fanotify = Fanotify(unlimited=job.unlimited)
-        for path in job.paths:
-            self._fanotify.mark(path)
+        for path, advice in zip(job.paths, job.advice, strict=True):
+            try:
+                self._fanotify.mark(path)
+            except SourceError as error:
+                raise SourceError(f"{error} {advice}") from None
         self._devices = job.devices
         self._heard = WatchedSet(self._directory / EVENTS, writer=True)
         self._ear = Ear(self._fanotify, self._heard)

@@ -98,7 +98,6 @@ class Fanotify:
             raise SourceError(
                 f"the file system of {os.fsdecode(path)} cannot be watched"
                 f" ({os.strerror(ctypes.get_errno())})."
-                " Use another change source: `cloudfs policy set NAME --snapshot scan`."
             )
 
     def marked(self) -> set[int]:

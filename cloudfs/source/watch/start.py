@@ -20,7 +20,7 @@ from cloudfs.source.numbers import kind_keeps_numbers
 from cloudfs.source.scan import Filters
 from cloudfs.source.watch import client
 from cloudfs.source.watch.daemon import Daemon, WatchJob
-from cloudfs.source.watch.places import Places, places_of
+from cloudfs.source.watch.places import Place, places_of
 from cloudfs.source.watch.protocol import EVENTS, LOCK, Question
 
 END_TIMEOUT_S = 30.0
@@ -28,28 +28,42 @@ PAUSE_S = 0.01
 _SECRETS = "CLOUDFS_PASSPHRASE"
 
 
-def job_for(directory: Path, sources: list[bytes], filters: Filters) -> WatchJob:
+def job_for(name: str, directory: Path, sources: list[bytes], filters: Filters) -> WatchJob:
     """What the daemon of a policy is to do. Raises SourceError where the tree cannot be watched."""
-    places = places_of(sources, filters)
-    _check(places)
-    paths = {place.device: place.path for place in places.found}
-    devices = {place.device: place.fsid for place in places.found}
-    return WatchJob(str(directory), list(paths.values()), devices)
+    places: dict[int, Place] = {}
+    for place in sorted(places_of(sources, filters).found, key=lambda place: not place.is_source):
+        _check(place, name)
+        places.setdefault(place.device, place)
+    return WatchJob(
+        str(directory),
+        [place.path for place in places.values()],
+        {device: place.fsid for device, place in places.items()},
+        [_advice(place, name) for place in places.values()],
+    )
 
 
-def _check(places: Places) -> None:
-    for place in places.found:
-        if place.kind == "btrfs":
-            raise SourceError(
-                f"{os.fsdecode(place.path)} is on btrfs, which tells by itself what changed. Make a"
-                " subvolume the source and use `cloudfs policy set NAME --snapshot btrfs`."
-            )
-        if not kind_keeps_numbers(place.kind):
-            raise SourceError(
-                f"{os.fsdecode(place.path)} is on {place.kind}, where inodes get other numbers at"
-                " any time, so what changes there cannot be followed. Use another change source:"
-                " `cloudfs policy set NAME --snapshot scan`."
-            )
+def _check(place: Place, name: str) -> None:
+    shown = os.fsdecode(place.path)
+    if place.kind == "btrfs" and place.is_source:
+        raise SourceError(
+            f"{shown} is on btrfs, which tells by itself what changed. Make a subvolume the source"
+            f" and use `cloudfs policy set {name} --snapshot btrfs`."
+        )
+    if place.kind == "btrfs":
+        raise SourceError(f"{shown} is on btrfs, which is not watched. {_advice(place, name)}")
+    if not kind_keeps_numbers(place.kind):
+        raise SourceError(
+            f"{shown} is on {place.kind}, where inodes get other numbers at any time, so what"
+            f" changes there cannot be followed. {_advice(place, name)}"
+        )
+
+
+def _advice(place: Place, name: str) -> str:
+    """What to do where a place cannot be watched."""
+    scan = f"`cloudfs policy set {name} --snapshot scan`"
+    if place.is_source:
+        return f"Use another change source: {scan}."
+    return f"Leave it out (--exclude, --one-file-system), or use another change source: {scan}."
 
 
 def start(job: WatchJob) -> int:
