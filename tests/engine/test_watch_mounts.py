@@ -129,6 +129,18 @@ def test_a_mount_that_is_left_out_comes_and_goes(on_one: Watched, own_volume: Pa
         assert b"/within/hidden" not in on_one.contents(last)
 
 
+def test_what_is_mounted_within_what_is_left_out(on_one: Watched, own_volume: Path) -> None:
+    """It comes and goes unheeded."""
+    within = on_one.tree / "within"
+    within.mkdir()
+    (own_volume / "in").mkdir()
+    with bound(own_volume, within):
+        settle(on_one)
+        with bound(own_volume, within / "in"):
+            on_one.sync()
+            assert on_one.notes == []
+
+
 def test_a_part_of_the_one_file_system_mounted_within(on_one: Watched) -> None:
     within, outside = on_one.tree / "within", on_one.base / "outside"
     for directory in (within, outside):

@@ -101,6 +101,9 @@ class _Layout:
         it goes.
         """
         try:
+            above = os.stat(os.path.dirname(mount.place))
+            if self._one_file_system and above.st_dev != source_dev:
+                return  # it is mounted within what is left out
             # A view is not asked: it may have a server that does not answer.
             status = None if is_view(mount) else os.stat(mount.place)
         except OSError:
@@ -116,9 +119,8 @@ class _Layout:
         if is_dir and not (self._one_file_system and status.st_dev != source_dev):
             self.found.append(_place(mount, path))
             return
-        above, _, own_name = path.rpartition(b"/")
-        inode = os.stat(os.path.dirname(mount.place)).st_ino
-        self.points.append(Point(above, inode, own_name))
+        directory, _, own_name = path.rpartition(b"/")
+        self.points.append(Point(directory, above.st_ino, own_name))
 
 
 def _number(mount: Mount) -> int:
