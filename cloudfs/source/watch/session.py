@@ -55,10 +55,11 @@ class WatchSource:
             written = being_written()
             closed = client.ask(self._directory, Question("close"))
         except SourceError as error:
+            note = f"the tree is scanned: {str(error).rstrip('.')}"
+            if isinstance(error, client.NoDaemon):
+                note += f". Start one: cloudfs watch {self._name}"
             found.kind = "scan"
-            advice = f". Start one: cloudfs watch {self._name}"
-            advice = advice if isinstance(error, client.NoDaemon) else ""
-            found.notes.append(f"the tree is scanned: {str(error).rstrip('.')}{advice}")
+            found.notes.append(note)
             yield found
             return
         reason = self._reason(closed, places, snapshot, taken_ns)
