@@ -80,13 +80,19 @@ class Roots:
                 if (fd := self._nested.get(path[:end])) is not None:
                     return fd, path[end + 1 :]
                 end = path.rfind(b"/", 0, end)
-        if not self.many:
-            return self._single, path
-        first, _, rest = path.partition(b"/")
+        first, rest = self.parted(path)
         try:
-            return self._by_name[first], rest
+            return self._by_name[first] if self.many else self._single, rest
         except KeyError:
             raise FileNotFoundError(2, "is no source", os.fsdecode(path)) from None
+
+    def parted(self, path: bytes) -> tuple[bytes, bytes]:
+        """What of a path leads to its source (b"" where there is only one), and what leads on from
+        there: below the source itself, whatever is nested in that."""
+        if not self.many:
+            return b"", path
+        first, _, rest = path.partition(b"/")
+        return first, rest
 
     def open(self, path: bytes) -> int:
         """Open a directory of the backed-up tree. Raises OSError."""

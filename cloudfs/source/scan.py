@@ -116,7 +116,7 @@ class Scanner:
     _plain: StatReader = field(init=False, default_factory=StatReader)  # for what lies beneath
     _mount_dev: int = field(init=False, default=0)  # the device of a live mount
     _own: OwnMounts = field(init=False, default_factory=own_mounts)
-    _tagged: dict[tuple[int, bytes], bool] = field(init=False, default_factory=dict)
+    _tagged: dict[bytes, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._reader = self.roots.reader()
@@ -200,7 +200,7 @@ class Scanner:
             if dev in self._own.live:
                 entries = [entry for entry in entries if not shows_backups(entry[0], entry[2])]
             if self.filters.by_name:
-                entries = self._filtered(entries, below, fd)
+                entries = self._filtered(entries, self.roots.parted(path)[1], fd)
             if refused:
                 entries = self._refuse(lin, path, entries, refused, record)
             for name, nested_fd in self.roots.nested_in(path).items():
@@ -292,7 +292,7 @@ class Scanner:
                 except OSError:  # patterns may leave it out: the listing says what it is
                     return self.visit(lin, change.path, record, change.inode)
             if self.filters.by_name:
-                again = self._filtered(again, below, fd)
+                again = self._filtered(again, self.roots.parted(change.path)[1], fd)
             again.extend(
                 _raw(name, os.fstat(nested_fd), dev, mask) for name, nested_fd in nested.items()
             )
@@ -325,21 +325,24 @@ class Scanner:
         """Whether the filters leave a directory out, or one above it."""
         if not self.filters.by_name:
             return False
-        root_fd, below = self.roots.fd_of(path)
+        source, below = self.roots.parted(path)
         parts = below.split(b"/") if below else []
         way = [b"/".join(parts[:count]) for count in range(len(parts) + 1)]
         matcher = self._matcher
         if matcher is not None and any(matcher.excludes(at, is_dir=True) for at in way[1:]):
             return True
-        return self.filters.by_tag and any(self._holds_tag(root_fd, at) for at in way[:-1])
+        if not self.filters.by_tag:
+            return False
+        prefix = source + b"/" if source else b""
+        return any(self._holds_tag(prefix + at if at else source) for at in way[:-1])
 
-    def _holds_tag(self, root_fd: int, path: bytes) -> bool:
+    def _holds_tag(self, path: bytes) -> bool:
         """Whether a file in a directory leaves out what else is in it; asked of each once."""
-        found = self._tagged.get((root_fd, path))
+        found = self._tagged.get(path)
         if found is not None:
             return found
         try:
-            fd = open_directory(root_fd, path)
+            fd = self.roots.open(path)
         except OSError:
             return False  # who visits it meets that too
         try:
@@ -349,10 +352,11 @@ class Scanner:
             )
         finally:
             os.close(fd)
-        self._tagged[root_fd, path] = found
+        self._tagged[path] = found
         return found
 
     def _filtered(self, entries: list[RawEntry], path: bytes, fd: int) -> list[RawEntry]:
+        """The entries of an open directory, at a path below its source, that are not left out."""
         names = {entry[0] for entry in entries}
         if any(os.fsencode(name) in names for name in self.filters.exclude_if_present):
             return []

@@ -1,0 +1,78 @@
+"""What lies within a source on btrfs: a snapshot of it holds what a scan of the tree would."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cloudfs.source.scan import Filters
+from tests.engine import btrfs
+from tests.engine.rig import Rig, difference
+
+Make = Callable[..., Rig]
+
+
+@pytest.fixture
+def make(volume: Path) -> Make:
+    """Makes policies, each with a repository of its own, for a source or several."""
+
+    def made(name: str, *sources: Path, source: str = "btrfs", **filters: object) -> Rig:
+        base = volume / f"of-{name}"
+        base.mkdir()
+        return Rig(base, list(sources), source=source, filters=Filters(**filters))  # type: ignore[arg-type]
+
+    return made
+
+
+def held(rig: Rig, number: int) -> set[str]:
+    """The paths in a snapshot."""
+    return {os.fsdecode(path) for path in rig.contents(number) if path.startswith(b"/")}
+
+
+def write(*paths: Path) -> None:
+    """Write files, in directories that are made for them."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_patterns_count_from_the_top_of_the_source(
+    volume: Path, make: Make, *, several: bool
+) -> None:
+    """Not from that of a subvolume within it; whether all is looked at, or what btrfs told."""
+    tree, other = btrfs.subvolume(volume / "tree"), btrfs.subvolume(volume / "other")
+    within = btrfs.subvolume(tree / "within")
+    sources = [tree, other] if several else [tree]
+    filters = {"excludes": ("/cache", "/within/tmp"), "exclude_if_present": ("tag",)}
+    rigs = [make(way, *sources, source=way, **filters) for way in ("btrfs", "scan")]
+    for number in range(1, 4):
+        write(tree / f"cache/out{number}", within / f"tmp/out{number}")
+        write(within / f"cache/{number}/in", within / "tagged" / f"{number}")
+        if number == 3:
+            write(within / "tagged/tag")
+        for rig in rigs:
+            rig.sync()
+            assert not rig.notes
+        found = held(rigs[0], number)
+        assert not difference(rigs[0].contents(number), rigs[1].contents(number))
+        assert sum(path.endswith("/in") for path in found) == number
+        assert not any("out" in path for path in found)
+        assert any("/tagged/" in path for path in found) == (number < 3)
+
+
+def test_what_a_file_above_a_subvolume_leaves_out(volume: Path, make: Make) -> None:
+    """Is left out of the subvolume too."""
+    tree = btrfs.subvolume(volume / "tree")
+    (tree / "above").mkdir()
+    within = btrfs.subvolume(tree / "above/within")
+    write(within / "deep/first")
+    rig = make("btrfs", tree, exclude_if_present=("tag",))
+    rig.sync()
+    assert "/above/within/deep/first" in held(rig, 1)
+    write(within / "deep/second", tree / "above/tag")
+    rig.sync()
+    assert held(rig, 2) == {"/above"}
