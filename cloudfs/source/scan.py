@@ -19,8 +19,10 @@ import contextlib
 import os
 import stat as st
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import msgspec
 import xxhash
@@ -195,7 +197,7 @@ class Scanner:
                 self._check_beneath(self.roots.beneath, fd, dev, entries)
                 if not inode:
                     self._check_way(self.roots.beneath, fd, path)
-            if not below:
+            if _names(entries, HOLDING) and _holds_snapshots(fd, below):
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             if dev in self._own.live:
                 entries = [entry for entry in entries if not shows_backups(entry[0], entry[2])]
@@ -282,7 +284,7 @@ class Scanner:
             again: list[RawEntry] = []
             for name in change.names:
                 known.pop(name, None)
-                if name in nested or (name == HOLDING and not below):
+                if name in nested or (name == HOLDING and _holds_snapshots(fd, below)):
                     continue
                 try:
                     status = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -400,6 +402,20 @@ def _list(fd: int, dev: int, mask: int, refused: dict[bytes, OSError]) -> list[R
                 append(_as_listed(name, entry, mask))
     entries.sort()
     return entries
+
+
+def _names(entries: list[RawEntry], name: bytes) -> bool:
+    """Whether a sorted listing has a name."""
+    at = bisect_left(entries, name, key=itemgetter(0))
+    return at < len(entries) and entries[at][0] == name
+
+
+def _holds_snapshots(fd: int, below: bytes) -> bool:
+    """Whether HOLDING in an open directory holds snapshots: at the top of a source, or of what is
+    nested in one, or of a subvolume that may be another policy's source."""
+    from cloudfs.source.btrfs.subvolume import is_subvolume
+
+    return not below or is_subvolume(b"/proc/self/fd/%d" % fd)
 
 
 def _as_listed(name: bytes, entry: os.DirEntry[str], mask: int) -> RawEntry:

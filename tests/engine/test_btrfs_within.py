@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cloudfs.source import roots
 from cloudfs.source.scan import Filters
 from tests.engine import btrfs
 from tests.engine.rig import Rig, difference
 
+HOLDING = os.fsdecode(roots.HOLDING)
 Make = Callable[..., Rig]
 
 
@@ -76,3 +78,27 @@ def test_what_a_file_above_a_subvolume_leaves_out(volume: Path, make: Make) -> N
     write(within / "deep/second", tree / "above/tag")
     rig.sync()
     assert held(rig, 2) == {"/above"}
+
+
+def test_the_source_of_another_policy_within(volume: Path, make: Make) -> None:
+    """Its snapshots are no part of this one's, whose own they do not disturb."""
+    tree = btrfs.subvolume(volume / "tree")
+    write(tree / "a/file", tree / "a" / HOLDING / "kept")
+    within = btrfs.subvolume(tree / "a/within")
+    write(within / "file")
+    inner, outer = make("inner", within), make("outer", tree)
+    scanning = make("scan", tree, source="scan")
+    for number in range(1, 4):
+        inner.sync()
+        assert inner.notes == []
+        for rig in (outer, scanning):
+            rig.sync()
+            assert rig.notes == []
+            found = held(rig, number)
+            assert {path for path in found if HOLDING in path} == {
+                f"/a/{HOLDING}",
+                f"/a/{HOLDING}/kept",
+            }
+            assert f"/a/within/file{number - 1 or ''}" in found
+        assert len(os.listdir(tree / HOLDING)) == 2
+        write(within / f"file{number}")

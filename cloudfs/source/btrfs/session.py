@@ -159,9 +159,9 @@ class BtrfsSource:
         return [b"", *(path for path in subvolume.below(source) if self._wanted(path))]
 
     def _wanted(self, path: bytes) -> bool:
-        if path == HOLDING or path.startswith(HOLDING + b"/"):
-            return False
         parts = path.split(b"/")
+        if HOLDING in parts:  # a snapshot, of this source or of one within it
+            return False
         return not any(self._excludes(b"/".join(parts[: i + 1])) for i in range(len(parts)))
 
     def _clean(self, keep: list[_Held], tell: Callable[[str], None] = lambda text: None) -> None:
