@@ -35,7 +35,7 @@ def own_mounts() -> OwnMounts:
     """Those that this process sees now."""
     found = mounts()
     views = frozenset(mount.device for mount in found if is_view(mount))
-    live = frozenset(mount.device for mount in found if mount.kind == f"fuse.{LIVE_SUBTYPE}")
+    live = frozenset(mount.device for mount in found if is_live(mount))
     return OwnMounts(views, live)
 
 
@@ -47,3 +47,8 @@ def shows_backups(name: bytes, inode: int) -> bool:
 def is_view(mount: Mount) -> bool:
     """Whether a mount is a view of backups."""
     return mount.kind == f"fuse.{SUBTYPE}"
+
+
+def is_live(mount: Mount) -> bool:
+    """Whether a mount is a live one."""
+    return mount.kind == f"fuse.{LIVE_SUBTYPE}"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cloudfs.core.errors import SourceError
 from cloudfs.source import roots
+from cloudfs.source.btrfs import subvolume
 from cloudfs.source.scan import Filters
 from tests.engine import btrfs
 from tests.engine.rig import Rig, difference
@@ -102,3 +104,68 @@ def test_the_source_of_another_policy_within(volume: Path, make: Make) -> None:
             assert f"/a/within/file{number - 1 or ''}" in found
         assert len(os.listdir(tree / HOLDING)) == 2
         write(within / f"file{number}")
+
+
+def mount(what: Path | str, place: Path) -> None:
+    """Mount a directory, or a file system in memory, at a directory that is made for it. It goes
+    with the file system around it."""
+    place.mkdir(exist_ok=True)
+    if isinstance(what, Path):
+        btrfs.run("mount", "--bind", what, place)
+    else:
+        btrfs.run("mount", "-t", "tmpfs", what, place)
+
+
+def test_subvolumes_that_are_mounted_within(volume: Path, make: Make) -> None:
+    """As /home often is in /. They are snapshotted with the source, and so is what they hold."""
+    tree, home = btrfs.subvolume(volume / "tree"), btrfs.subvolume(volume / "home")
+    left_out = btrfs.subvolume(volume / "left-out")
+    write(home / "file", btrfs.subvolume(home / "within") / "file", left_out / "out")
+    beneath = btrfs.subvolume(tree / "home")
+    write(btrfs.subvolume(beneath / "unseen") / "out", tree / "file")
+    mount(home, tree / "home")
+    mount(left_out, tree / "left-out")
+    rigs = [make(way, tree, source=way, excludes=("/left-out",)) for way in ("btrfs", "scan")]
+    for number in range(1, 4):
+        for rig in rigs:
+            result = rig.sync()
+            assert rig.notes == []
+        assert not difference(rigs[0].contents(number), rigs[1].contents(number))
+        assert not any("out" in path for path in held(rigs[0], number))
+        write(home / f"file{number}", home / "within" / f"file{number}", left_out / f"out{number}")
+        home.chmod(0o700 + number)
+    assert (result.new, result.changed) == (2, 2)
+    btrfs.run("umount", tree / "home")
+    rigs[0].sync()
+    assert rigs[0].notes == ["the snapshot is scanned: a subvolume came, went or moved."]
+    assert "/home/unseen/out" in held(rigs[0], 4)
+
+
+def test_what_else_is_mounted_within_is_named(volume: Path, make: Make) -> None:
+    """It is in no snapshot; a sync that scans the tree itself backs it up."""
+    tree, other = btrfs.subvolume(volume / "tree"), volume / "other"
+    other.mkdir()
+    write(other / "file")
+    mount(other, tree / "plain")
+    mount("memory", tree / "memory")
+    mount(btrfs.subvolume(volume / "unseen"), tree / "memory/within")
+    mount("memory", tree / "left-out")
+    rig = make("btrfs", tree, excludes=("/left-out",))
+    missing = f"no btrfs snapshot holds what is mounted at {tree}/memory, {tree}/plain, so that"
+    rig.sync()
+    assert [note.startswith(missing) for note in rig.notes] == [True]
+    assert held(rig, 1) == {"/memory", "/plain"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subvolume, "snapshot", refuse)
+        rig.sync()
+    assert "the tree itself is scanned" in rig.notes[0]
+    assert "/plain/file" in held(rig, 2)
+    rig.sync()
+    assert sum(note.startswith(missing) for note in rig.notes) == 1
+    rig.filters = Filters(one_file_system=True)
+    rig.sync()
+    assert not any("mounted" in note for note in rig.notes)
+
+
+def refuse(*_: bytes) -> None:
+    raise SourceError("no room.")

@@ -1,7 +1,7 @@
 """One sync's use of btrfs: snapshots before it, what changed between, one base after it.
 
 1. Each source, a subvolume, is snapshotted read-only into HOLDING at its own top, and so is each
-   subvolume within it. The sync reads the snapshots only.
+   subvolume within it, or of its file system and mounted in it. The sync reads the snapshots only.
 2. If the last sync's snapshots are still there, untouched, and belong to the snapshot that the
    local state is at, what changed since is asked of the kernel. In all other cases the sync scans
    the new snapshots, and says why.
@@ -31,6 +31,7 @@ from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.source.btrfs import subvolume
+from cloudfs.source.btrfs.parts import parts_of
 from cloudfs.source.btrfs.subvolume import Changed
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import HOLDING, root_names
@@ -47,6 +48,9 @@ of one takes as long as to look at some sixteen items."""
 KEPT_BYTES = 8 << 10
 """But only if the files that were there before, of which a scan reads all and a changelist says
 which bytes to read, if any, hold no more than this for each inode that changed."""
+
+SHOWN = 5
+"""Of what is not backed up no more is named."""
 
 Excludes = Callable[[bytes], bool]
 
@@ -120,6 +124,7 @@ class BtrfsSource:
             found.frozen_ns, found.keep = now_ns, keep
             found.intact = lambda: _check_intact(taken)
             found.stable_inodes = len(taken) == 1  # each subvolume has numbers of its own
+            found.notes.extend(self._missing())
             try:
                 found.changes = self._changes(base, taken, snapshot, taken_ns, items)
             except SourceError as error:
@@ -156,7 +161,24 @@ class BtrfsSource:
 
     def _paths(self, source: bytes) -> list[bytes]:
         """The paths of a source's own subvolume and of those within it that are backed up."""
-        return [b"", *(path for path in subvolume.below(source) if self._wanted(path))]
+        return [b"", *filter(self._wanted, parts_of(source).subvolumes)]
+
+    def _missing(self) -> list[str]:
+        """A note of what is mounted in the sources and is in no snapshot, if there is anything."""
+        missing = [
+            os.path.join(source, path)
+            for source in self._sources
+            for path in filter(self._wanted, parts_of(source).others)
+        ]
+        if not missing:
+            return []
+        shown = ", ".join(map(os.fsdecode, missing[:SHOWN]))
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        return [
+            f"no btrfs snapshot holds what is mounted at {shown}{more}, so that is not backed up."
+            " Leave it out (--exclude, --one-file-system) if that is meant, and give it a policy of"
+            " its own if not; or use --snapshot scan."
+        ]
 
     def _wanted(self, path: bytes) -> bool:
         parts = path.split(b"/")
