@@ -14,7 +14,7 @@ import struct
 import sys
 from typing import NamedTuple
 
-from cloudfs.source.numbers import keeps_numbers
+from cloudfs.source.numbers import is_stub, keeps_numbers
 
 _STATX = struct.Struct("<IIQIIIH2xQQQQ" + "qI4x" * 4 + "IIII")
 _STATX_BASIC_AND_BTIME = 0xFFF
@@ -105,7 +105,7 @@ class StatReader:
             _atime, _atime_ns, btime, btime_ns, ctime, ctime_ns, mtime, mtime_ns,
             rdev_major, rdev_minor, dev_major, dev_minor,
         ) = _STATX.unpack_from(self._buffer)  # fmt: skip
-        return Status(
+        found = Status(
             mode,
             nlink,
             uid,
@@ -119,6 +119,9 @@ class StatReader:
             os.makedev(rdev_major, rdev_minor) if rdev_major or rdev_minor else 0,
             os.makedev(dev_major, dev_minor),
         )
+        if not name and is_stub(fd, ino, mode):
+            found = found._replace(mtime_ns=0, ctime_ns=0, btime_ns=0)
+        return found
 
     def flags(self, fd: int, status: Status) -> int:
         """The inode flags that chattr(1) can set, of an open file or directory."""

@@ -5,12 +5,16 @@ another one when they have forgotten it meanwhile, which the kernel decides: FAT
 that run in user space, network shares, and overlays of several file systems (their directories).
 There an item that has another number than a moment ago may be the same, and a change that is told
 by number is told of nothing. They are known by name and by what statfs(2) says of them.
+
+On btrfs a snapshot has an empty directory where a subvolume lay. It is in no tree of the file
+system: the kernel makes up all that there is to know of it when it reads it, also its times.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import stat as st
 
 _KINDS = {
     "cifs": 0xFF53_4D42,
@@ -29,14 +33,29 @@ _fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 
 
+_BTRFS = 0x9123_683E
+STUB = 2
+"""On btrfs, the number of all empty directories that stand where subvolumes were."""
+
+
 def keeps_numbers(fd: int) -> bool:
     """Whether the file system of an open item does; ``fd`` may be an O_PATH descriptor. Raises
     OSError."""
+    return _kind(fd) not in _KINDS.values()
+
+
+def is_stub(fd: int, number: int, mode: int) -> bool:
+    """Whether an open item with this number only stands for a btrfs subvolume; ``fd`` may be an
+    O_PATH descriptor. Raises OSError."""
+    return number == STUB and st.S_ISDIR(mode) and _kind(fd) == _BTRFS
+
+
+def _kind(fd: int) -> int:
     buffer = (ctypes.c_long * 64)()  # struct statfs has 15, and the type is the first
     if _fstatfs(fd, buffer):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    return buffer[0] & 0xFFFF_FFFF not in _KINDS.values()
+    return buffer[0] & 0xFFFF_FFFF
 
 
 def kind_keeps_numbers(kind: str) -> bool:

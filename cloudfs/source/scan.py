@@ -32,6 +32,7 @@ from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
 from cloudfs.source.inode import Inode, StatReader, check_directory, open_directory
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
+from cloudfs.source.numbers import STUB, is_stub
 from cloudfs.source.own import OwnMounts, own_mounts, shows_backups
 from cloudfs.source.roots import HOLDING, Roots
 
@@ -293,6 +294,7 @@ class Scanner:
                     continue
                 except OSError:  # patterns may leave it out: the listing says what it is
                     return self.visit(lin, change.path, record, change.inode)
+            _fix_times_of_stubs(fd, again)
             if self.filters.by_name:
                 again = self._filtered(again, self.roots.parted(change.path)[1], fd)
             again.extend(
@@ -400,8 +402,24 @@ def _list(fd: int, dev: int, mask: int, refused: dict[bytes, OSError]) -> list[R
             except OSError as error:
                 refused[name] = error
                 append(_as_listed(name, entry, mask))
+    _fix_times_of_stubs(fd, entries)
     entries.sort()
     return entries
+
+
+def _fix_times_of_stubs(fd: int, entries: list[RawEntry]) -> None:
+    """In an open directory, let what stands for btrfs subvolumes have no times: the kernel makes
+    them up."""
+    for index, entry in enumerate(entries):
+        if entry[2] == STUB and entry[-1]:  # the device is another one, too
+            with contextlib.suppress(OSError):  # gone, or no directory
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                stub_fd = os.open(entry[0], flags, dir_fd=fd)
+                try:
+                    if is_stub(stub_fd, entry[2], entry[1]):
+                        entries[index] = (*entry[:7], 0, 0, *entry[9:])
+                finally:
+                    os.close(stub_fd)
 
 
 def _names(entries: list[RawEntry], name: bytes) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,40 @@ def test_what_else_is_mounted_within_is_named(volume: Path, make: Make) -> None:
 
 def refuse(*_: bytes) -> None:
     raise SourceError("no room.")
+
+
+def test_subvolumes_that_are_stayed_out_of(volume: Path, make: Make) -> None:
+    """They are empty directories without times, and which there are is always known."""
+    tree = btrfs.subvolume(volume / "tree")
+    (tree / "d/e").mkdir(parents=True)
+    for name in ("kept", "gone", "moved", "e/moved-with-it", "e/gone-too"):
+        write(btrfs.subvolume(tree / "d" / name) / "file")
+    rig = make("btrfs", tree, one_file_system=True)
+    rig.sync()
+    time.sleep(0.05)
+    rig.verify = 1.0
+    assert rig.sync().snapshot is None
+    btrfs.run("btrfs", "subvolume", "delete", tree / "d/gone")
+    btrfs.run("btrfs", "subvolume", "delete", tree / "d/e/gone-too")
+    (tree / "d/moved").rename(tree / "moved")
+    (tree / "d/e").rename(tree / "e")
+    btrfs.subvolume(tree / "d/new")
+    write(tree / "d/gone/a directory")
+    os.chown(tree / "d", 7, 7)
+    rig.sync()
+    assert rig.notes == []
+    now = {os.fsencode(f"/{path.relative_to(tree)}") for path in below(tree)}
+    found = rig.contents(2)
+    assert {path for path in found if path.startswith(b"/")} == now
+    assert found[b"/d/kept"][1:5] == (7, 7, 0, 0)  # type: ignore[index]
+    assert found[b"/d/gone"][4]  # type: ignore[index]
+    assert rig.sync().snapshot is None
+
+
+def below(top: Path) -> Iterator[Path]:
+    """What a sync that stays out of subvolumes backs up."""
+    for path in top.iterdir():
+        if path.name != HOLDING:
+            yield path
+            if path.is_dir() and path.stat().st_dev == top.stat().st_dev:
+                yield from below(path)

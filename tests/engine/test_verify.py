@@ -69,8 +69,8 @@ def lie(monkeypatch: pytest.MonkeyPatch, forget: Callable[[DirChange], None]) ->
     """Let every changelist of btrfs go through ``forget`` first."""
     honest = subvolume.changes
 
-    def changes(base: bytes, new: bytes, mounted: Sequence[bytes]) -> Changelist:
-        found = honest(base, new, mounted)
+    def changes(base: bytes, new: bytes, *within: Sequence[bytes]) -> Changelist:
+        found = honest(base, new, *within)
         for change in found.dirs:
             forget(change)
         found.dirs = [change for change in found.dirs if change.names]

@@ -65,21 +65,28 @@ class Replay:
     def __init__(self) -> None:
         self._root = _Node(b"", None, b"")
 
-    def run(self, commands: Iterable[Command], mounted: Iterable[bytes] = ()) -> Changelist:
+    def run(
+        self,
+        commands: Iterable[Command],
+        before: Iterable[bytes] = (),
+        now: Iterable[bytes] = (),
+    ) -> Changelist:
         """Carry out all commands. Raises SourceError for such as cannot be.
 
-        ``mounted`` are paths at which another subvolume now is, whose own attributes no command
-        of this one tells.
+        ``before`` and ``now`` are the paths in either snapshot at which other subvolumes are, of
+        which no command tells: neither that they came, went or moved, nor their attributes.
         """
+        for path in before:
+            self.touch(path)
         for command in commands:
             self.do(command)
-        for path in mounted:
+        for path in now:
             self.touch(path)
         return self.changelist()
 
     def touch(self, path: bytes) -> None:
-        """Let what now is at a path be looked at, whatever the commands said; in a directory that
-        is new, it is looked at anyway."""
+        """Let what is at a path at this moment be looked at, whatever the commands say; in a
+        directory that is new, it is looked at anyway."""
         with contextlib.suppress(SourceError):
             self._find(path).touched = True
 

@@ -72,6 +72,7 @@ class _Note(msgspec.Struct, array_like=True):
     taken_ns: int = 0
     held: list[_Held] = []
     places: list[bytes] = []  # directories in which there may be snapshots of this policy
+    stubs: list[bytes] = []  # where other subvolumes stand empty in them, by path below the root
 
 
 class BtrfsSource:
@@ -100,11 +101,12 @@ class BtrfsSource:
         self._clean(base.held)
         self._write_note(base)
         taken: list[_Held] = []
+        stubs: set[bytes] = set()
         kept = False
 
         def keep(record: SnapshotRecord) -> None:
             nonlocal kept
-            self._write_note(_Note(record.number, record.time_ns, taken))
+            self._write_note(_Note(record.number, record.time_ns, taken, stubs=sorted(stubs)))
             kept = True
             self._clean(taken)
             self._write_note(self._note)
@@ -112,7 +114,7 @@ class BtrfsSource:
         try:
             now_ns = time.time_ns()
             try:
-                self._take(taken, now_ns)
+                self._take(taken, stubs, now_ns)
             except SourceError as error:
                 note = f"no btrfs snapshot could be taken, so the tree itself is scanned: {error}"
                 found = scanned(self._sources, [note])
@@ -126,7 +128,7 @@ class BtrfsSource:
             found.stable_inodes = len(taken) == 1  # each subvolume has numbers of its own
             found.notes.extend(self._missing())
             try:
-                found.changes = self._changes(base, taken, snapshot, taken_ns, items)
+                found.changes = self._changes(base, taken, stubs, snapshot, taken_ns, items)
             except SourceError as error:
                 found.notes.append(f"the snapshot is scanned: {error}")
             yield found
@@ -139,15 +141,15 @@ class BtrfsSource:
 
     # -- snapshots -----------------------------------------------------------------------------
 
-    def _take(self, taken: list[_Held], now_ns: int) -> None:
-        """Snapshot every source and what is nested in it."""
+    def _take(self, taken: list[_Held], stubs: set[bytes], now_ns: int) -> None:
+        """Snapshot every source and what is nested in it; ``stubs`` gets what is not."""
         for name, source in zip(self._names, self._sources, strict=True):
             holding = os.path.join(source, HOLDING)
             try:
                 os.makedirs(holding, 0o700, exist_ok=True)
             except OSError as error:
                 raise SourceError(f"{os.fsdecode(holding)}: {error.strerror}.") from None
-            paths = self._paths(source)
+            paths, apart = self._parts(source)
             for path in paths:
                 place = os.path.join(holding, b"%s-%d.%d" % (self._prefix, now_ns, len(taken)))
                 held = _Held(_join(name, path), place)
@@ -156,12 +158,19 @@ class BtrfsSource:
                 found = subvolume.identity(place)
                 held.uuid, held.parent_uuid = found.uuid, found.parent_uuid
                 held.changed = found.changed
-            if self._paths(source) != paths:
+            now, apart_now = self._parts(source)
+            if now != paths:
                 raise SourceError("a subvolume came, went or moved meanwhile.")
+            stubs.update(_join(name, path) for path in (*apart, *apart_now))
 
-    def _paths(self, source: bytes) -> list[bytes]:
-        """The paths of a source's own subvolume and of those within it that are backed up."""
-        return [b"", *filter(self._wanted, parts_of(source).subvolumes)]
+    def _parts(self, source: bytes) -> tuple[list[bytes], list[bytes]]:
+        """The paths of a source's own subvolume and of those within it that are backed up; and of
+        those that are not."""
+        paths: list[bytes] = [b""]
+        apart: list[bytes] = []
+        for path in parts_of(source).subvolumes:
+            (paths if self._wanted(path) else apart).append(path)
+        return paths, apart
 
     def _missing(self) -> list[str]:
         """A note of what is mounted in the sources and is in no snapshot, if there is anything."""
@@ -228,7 +237,13 @@ class BtrfsSource:
     # -- what changed --------------------------------------------------------------------------
 
     def _changes(
-        self, base: _Note, taken: list[_Held], snapshot: int, taken_ns: int, items: int
+        self,
+        base: _Note,
+        taken: list[_Held],
+        stubs: set[bytes],
+        snapshot: int,
+        taken_ns: int,
+        items: int,
     ) -> Changelist | None:
         """What changed since the base; None before the first. Raises SourceError with the reason
         where that cannot be known, or costs more to know than a scan."""
@@ -239,9 +254,10 @@ class BtrfsSource:
         _check_base(base, live, snapshot, taken_ns)
         _check_worth((self._count(new.place, before[new.path]) for new in taken), items)
         found = Changelist()
+        within_before, within = _within_each({*before, *base.stubs}), _within_each({*live, *stubs})
         for new in taken:
-            mounted = _mounted_in(new.path, before)
-            below = subvolume.changes(before[new.path].place, new.place, mounted)
+            within_it = within_before.get(new.path, []), within.get(new.path, [])
+            below = subvolume.changes(before[new.path].place, new.place, *within_it)
             found.dirs.extend(
                 DirChange(
                     _join(new.path, change.path),
@@ -279,7 +295,7 @@ class BtrfsSource:
         return {
             _join(name, path): _join(source, path)
             for name, source in zip(self._names, self._sources, strict=True)
-            for path in self._paths(source)
+            for path in self._parts(source)[0]
         }
 
     def _count(self, place: bytes, held: _Held, enough: int | None = None) -> Changed:
@@ -378,13 +394,15 @@ def _what_became_of(held: _Held) -> str:
     return ""
 
 
-def _mounted_in(path: bytes, all_paths: Collection[bytes]) -> list[bytes]:
-    """Of subvolumes, the paths below ``path`` of those that lie in that one directly."""
-    return [
-        other.removeprefix(path + b"/" if path else b"")
-        for other in all_paths
-        if other != path and _holder(other, all_paths) == path
-    ]
+def _within_each(paths: set[bytes]) -> dict[bytes, list[bytes]]:
+    """For each of these subvolumes, the paths below it of those that lie in it directly."""
+    found: dict[bytes, list[bytes]] = {}
+    for path in paths:
+        holder = _holder(path, paths)
+        if holder is not None:
+            below = path.removeprefix(holder + b"/" if holder else b"")
+            found.setdefault(holder, []).append(below)
+    return found
 
 
 def _holder(path: bytes, all_paths: Collection[bytes]) -> bytes | None:

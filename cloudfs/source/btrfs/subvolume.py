@@ -66,15 +66,17 @@ def _below(path: bytes, prefix: bytes) -> Iterator[bytes]:
         yield from _below(path + b"/" + child, prefix + child + b"/")
 
 
-def changes(base: bytes, new: bytes, mounted: Sequence[bytes] = ()) -> Changelist:
-    """What differs between two snapshots of one subvolume, and what is ``mounted`` in it: the
-    subvolumes directly within it, by their paths. Raises SourceError."""
+def changes(
+    base: bytes, new: bytes, before: Sequence[bytes] = (), now: Sequence[bytes] = ()
+) -> Changelist:
+    """What differs between two snapshots of one subvolume, and the subvolumes directly in it:
+    ``before`` and ``now`` are their paths. Raises SourceError."""
     with contextlib.ExitStack() as stack:
         with _told("compare the last snapshot with", new):
             stream = stack.enter_context(tempfile.TemporaryFile())
             ioctl.send(new, ioctl.info(base).number, stream)
             stream.seek(0)
-        return Replay().run(commands(stream), mounted)
+        return Replay().run(commands(stream), before, now)
 
 
 class Changed(NamedTuple):
