@@ -13,6 +13,7 @@ import msgspec
 
 from cloudfs.core.changes import Stat, encode_listing
 from cloudfs.core.errors import SourceError, UsageError
+from cloudfs.core.limits import raise_file_limit
 from cloudfs.source.inode import StatReader, open_directory
 from cloudfs.source.live.beneath import Beneath, BeneathPlaces
 from cloudfs.source.live.reading import FrozenReader
@@ -54,13 +55,18 @@ class Roots:
         names = root_names(places.sources)
         self._by_name: dict[bytes, int] = {}
         self._nested: dict[bytes, int] = {}
+        self._nested_in: dict[bytes, dict[bytes, int]] = {}  # by directory and name
         self._single = -1
         self.beneath = Beneath(places.beneath) if places.beneath is not None else None
         try:
             for name, place in zip(names, places.at, strict=True):
                 self._by_name[name] = _open(place)
+            if places.nested:  # of which there may be more than a process usually may open
+                raise_file_limit()
             for path, place in places.nested.items():
                 self._nested[path] = _open(place)
+                directory, _, name = path.rpartition(b"/")
+                self._nested_in.setdefault(directory, {})[name] = self._nested[path]
         except BaseException:
             self.close()
             raise
@@ -104,12 +110,7 @@ class Roots:
 
     def nested_in(self, path: bytes) -> dict[bytes, int]:
         """The descriptors of what is nested directly in a directory, by name."""
-        prefix = path + b"/" if path else b""
-        return {
-            nested[len(prefix) :]: fd
-            for nested, fd in self._nested.items()
-            if nested.startswith(prefix) and b"/" not in nested[len(prefix) :]
-        }
+        return self._nested_in.get(path, {})
 
     def root_listing(self) -> bytes:
         """The listing of the made-up directory above the root: the root, under no name.
@@ -134,6 +135,7 @@ class Roots:
             os.close(fd)
         self._by_name.clear()
         self._nested.clear()
+        self._nested_in.clear()
 
 
 def _open(source: bytes) -> int:

@@ -139,9 +139,10 @@ def serve(line: socket.socket) -> None:
 
 
 def _have_few_descriptors() -> None:
-    from cloudfs.fuse.live import calls, files, freeze, inodes
+    from cloudfs.core import limits
+    from cloudfs.fuse.live import files, freeze, inodes
 
-    calls.raise_file_limit = lambda: 8
+    limits.raise_file_limit = lambda: 8
     files._AT_ONCE = inodes._EVICTED_AT_ONCE = freeze.READERS = 1
     # By this limit a freeze would be given up with the second item removed: it is not to be.
     freeze.Freeze.lose = lambda _self, _inode: None  # type: ignore[method-assign]

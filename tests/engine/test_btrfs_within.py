@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,3 +208,17 @@ def below(top: Path) -> Iterator[Path]:
             yield path
             if path.is_dir() and path.stat().st_dev == top.stat().st_dev:
                 yield from below(path)
+
+
+def test_more_subvolumes_than_a_process_may_have_open(volume: Path, make: Make) -> None:
+    tree = btrfs.subvolume(volume / "tree")
+    for number in range(60):
+        write(btrfs.subvolume(tree / f"{number}") / "file")
+    rig = make("btrfs", tree)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+    try:
+        rig.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "/59/file" in held(rig, 1)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from cloudfs.fuse.live import calls
+from cloudfs.core.limits import raise_file_limit
 from tests.posix import mounts
 from tests.posix.case import in_process, said
 from tests.posix.mounts import Pair
 
 
 def _open_many(top: Path, count: int) -> None:
-    calls.raise_file_limit()
+    raise_file_limit()
     (top / "many").mkdir()
     os.chdir(top / "many")
     fds = []
@@ -71,7 +71,7 @@ def test_more_items_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def _use_open_files(top: Path, count: int, removed: int) -> dict[str, bytes]:
     """Everything that can be asked of open files, of each of so many in turn; what is in them. Of
     the first ``removed`` some lose their names."""
-    calls.raise_file_limit()
+    raise_file_limit()
     os.chdir(top)
     files = [os.open(f"{number}", os.O_CREAT | os.O_RDWR | os.O_APPEND) for number in range(count)]
     for number, fd in enumerate(files):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 from collections.abc import Callable, Iterator
 
 from cloudfs.source.mounts import mounts
@@ -100,18 +99,6 @@ def _move_mount(tree: int, target: bytes, flags: int) -> bool:
 def detach(path: str) -> None:
     """Unmount what is mounted last at a path; it ends with its last user."""
     _libc.umount2(os.fsencode(path), _MNT_DETACH)
-
-
-def raise_file_limit() -> int:
-    """Let this process open as many files as it may; returns how many that are."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError), open("/proc/sys/fs/nr_open") as file:
-        most = int(file.read())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        return most
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @contextlib.contextmanager

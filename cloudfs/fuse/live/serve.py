@@ -25,6 +25,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from cloudfs.core import limits
 from cloudfs.core.errors import UsageError
 from cloudfs.db.cache import boot_id
 from cloudfs.db.marked import MarkedSet
@@ -73,7 +74,7 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     listener, directory_fd = _listen(directory)
     os.umask(0)
     os.setgroups([])  # whoever asks is in none of them: see By.keeps_setgid
-    limit = calls.raise_file_limit()
+    limit = limits.raise_file_limit()
     inodes = Inodes(source_fd, limit // 2)
     files = OpenFiles(inodes, limit - min(SPARE_FILES, limit // 4))
     tracker = Tracker(marks, job.block_size)
