@@ -25,12 +25,15 @@ _EXTERNAL_NOTE = "external"
 Tell = Callable[[str], None]
 
 
-def btrfs_source(settings: SyncSettings, policy_id: str, directory: Path) -> BtrfsSource:
-    """The btrfs side of a policy, whose state of syncs lies in ``directory``."""
+def btrfs_source(
+    settings: SyncSettings, policy_id: str, directory: Path, tell: Tell = lambda text: None
+) -> BtrfsSource:
+    """The btrfs side of a policy, whose state of syncs lies in ``directory``; see
+    :class:`BtrfsSource`."""
     from cloudfs.source.btrfs.session import BtrfsSource
 
     leaves_out = settings.filters.leaves_out
-    return BtrfsSource(settings.sources, policy_id, directory / _BTRFS_NOTE, leaves_out)
+    return BtrfsSource(settings.sources, policy_id, directory / _BTRFS_NOTE, leaves_out, tell)
 
 
 def external_source(

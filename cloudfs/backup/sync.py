@@ -79,7 +79,8 @@ def _ready(
     if chosen == "external":
         return _external(job, directory, state, history, events)
     if chosen == "btrfs":
-        btrfs, head = btrfs_source(settings, job.record.id, directory), state.head
+        btrfs = btrfs_source(settings, job.record.id, directory, events.note)
+        head = state.head
         return btrfs.ready(head.snapshot, head.taken_ns, head.counts.items)
     if chosen == "live":
         from cloudfs.source.live.protocol import Base

@@ -401,6 +401,36 @@ def test_no_room_for_one_of_two_snapshots(rig: Rig) -> None:
     assert len(held(rig)) == 2
 
 
+def test_a_swap_file_in_use(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what holds one no snapshot can be taken."""
+    monkeypatch.setattr(ioctl, "snapshot", fails_with(errno.ETXTBSY))
+    rig.sync()
+    assert "tree (a swap file in it is in use: " in rig.notes[0]
+
+
+def test_snapshots_that_cannot_be_deleted(rig: Rig) -> None:
+    """As where a quota is exceeded. Each sync says so once, and tries again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ioctl, "delete", fails_with(errno.EDQUOT))
+        for number in range(3):
+            rig.sync()
+            (note,) = rig.notes
+            assert f"{HOLDING.decode()}/" in note
+            assert "(Disk quota exceeded). It takes up room until" in note
+            change(rig.tree, number + 2)
+    assert len(held(rig)) == 4
+    check(rig, 5)
+
+
+def fails_with(number: int) -> Callable[..., None]:
+    """A call that does."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_a_file_system_that_is_read_only(rig: Rig, volume: Path, tmp_path: Path) -> None:
     """No snapshot can be taken, so the tree itself is scanned."""
     rig.repository.local.close()

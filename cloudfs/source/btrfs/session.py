@@ -53,6 +53,7 @@ SHOWN = 5
 """Of what is not backed up no more is named."""
 
 Excludes = Callable[[bytes], bool]
+Tell = Callable[[str], None]
 
 
 class _Held(msgspec.Struct, array_like=True):
@@ -79,13 +80,20 @@ class BtrfsSource:
     """The btrfs side of the syncs of one policy on this machine."""
 
     def __init__(
-        self, sources: list[bytes], policy_id: str, note: Path, excludes: Excludes
+        self,
+        sources: list[bytes],
+        policy_id: str,
+        note: Path,
+        excludes: Excludes,
+        tell: Tell = lambda text: None,
     ) -> None:
-        """``note`` is the file that remembers the base; ``excludes`` are the policy's, by path."""
+        """``note`` is the file that remembers the base; ``excludes`` are the policy's, by path.
+        ``tell`` is told, once, where a sync cannot delete a snapshot."""
         self._sources = sources
         self._prefix = os.fsencode(policy_id[:16])
         self._path = note
         self._excludes = excludes
+        self._tell, self._told = tell, False
         self._names = root_names(sources) if len(sources) > 1 else [b""]
         self._note = self._read_note()
         self._own = {os.path.join(source, HOLDING) for source in sources}
@@ -195,14 +203,13 @@ class BtrfsSource:
             return False
         return not any(self._excludes(b"/".join(parts[: i + 1])) for i in range(len(parts)))
 
-    def _clean(self, keep: list[_Held], tell: Callable[[str], None] = lambda text: None) -> None:
+    def _clean(self, keep: list[_Held], tell: Tell | None = None) -> None:
         """Delete the snapshots of this policy that are not to be kept; ``tell`` is told what cannot
         be deleted. The next sync tries again."""
+        tell = tell or self._tell_first
         kept = {held.place for held in keep}
         for holding in sorted(self._places):
-            with contextlib.suppress(
-                OSError
-            ):  # its drive is away, or another policy has some there
+            with contextlib.suppress(OSError):  # its drive is away, or it holds others
                 names = [n for n in os.listdir(holding) if n.startswith(self._prefix + b"-")]
                 places = [os.path.join(holding, name) for name in names]
                 left = [p for p in places if p in kept or not _delete(p, tell)]
@@ -210,7 +217,12 @@ class BtrfsSource:
                     self._places.remove(holding)
                     os.rmdir(holding)
 
-    def leave(self, tell: Callable[[str], None]) -> None:
+    def _tell_first(self, text: str) -> None:
+        if not self._told:
+            self._told = True
+            self._tell(f"{text} It takes up room until a sync can.")
+
+    def leave(self, tell: Tell) -> None:
         """Delete all snapshots of this policy: no sync will count from them. ``tell`` is told what
         cannot be deleted; it is remembered, to be tried again."""
         held = {os.path.dirname(held.place) for held in self._note.held}
@@ -355,7 +367,7 @@ def _check_untouched(base: list[_Held]) -> None:
             raise SourceError(f"the last snapshot {os.fsdecode(held.place)} {what}.")
 
 
-def _delete(place: bytes, tell: Callable[[str], None]) -> bool:
+def _delete(place: bytes, tell: Tell) -> bool:
     """Delete a snapshot, or what stands for one in a source that was itself made by snapshotting
     one: an empty directory. False where it is still there."""
     try:

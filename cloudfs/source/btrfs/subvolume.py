@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -17,6 +18,11 @@ from cloudfs.source.btrfs.replay import Replay
 from cloudfs.source.btrfs.stream import commands
 
 ROOT_INODE = 256
+
+_WHY = {
+    errno.ETXTBSY: "a swap file in it is in use: let that lie in a subvolume that is left out",
+}
+"""What an error means, where its name does not say."""
 
 
 def available() -> bool:
@@ -113,6 +119,5 @@ def _told(what: str, path: bytes) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(
-            f"btrfs could not {what} {os.fsdecode(path)} ({error.strerror})."
-        ) from None
+        why = _WHY.get(error.errno or 0, error.strerror)
+        raise SourceError(f"btrfs could not {what} {os.fsdecode(path)} ({why}).") from None
