@@ -43,16 +43,18 @@ def parts_of(source: bytes) -> Parts:
     return found
 
 
-def _mounted_in(source: bytes) -> tuple[int, dict[bytes, int]]:
-    """The device of a source, and those of what is mounted in it, by path below; as the list of
-    mounts has them, where all subvolumes of a file system have the same. Without the mounts of
-    cloudfs itself: what they show is in the snapshot, or is backups."""
+def _mounted_in(source: bytes) -> tuple[int | None, dict[bytes, int]]:
+    """The device of a source (None where its mount is not to be seen, as in a chroot), and those of
+    what is mounted in it, by path below; as the list of mounts has them, where all subvolumes of a
+    file system have the same. Without the mounts of cloudfs itself: what they show is in the
+    snapshot, or is backups."""
     top, seen = os.path.realpath(source), mounts()
     prefix = top.rstrip(b"/") + b"/"
     around = [mount for mount in seen if prefix.startswith(mount.place.rstrip(b"/") + b"/")]
-    own = max(reversed(around), key=lambda mount: len(mount.place))
+    own = max(reversed(around), key=lambda mount: len(mount.place), default=None)
     below = [mount for mount in within(top, seen) if not (is_view(mount) or is_live(mount))]
-    return own.device, {mount.place.removeprefix(prefix): mount.device for mount in below}
+    device = own.device if own is not None else None
+    return device, {mount.place.removeprefix(prefix): mount.device for mount in below}
 
 
 def innermost(path: bytes, places: Collection[bytes]) -> bytes:

@@ -23,6 +23,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -31,7 +32,7 @@ from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.source.btrfs import subvolume
-from cloudfs.source.btrfs.parts import parts_of
+from cloudfs.source.btrfs.parts import Parts, parts_of
 from cloudfs.source.btrfs.subvolume import Changed
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import HOLDING, root_names
@@ -76,6 +77,16 @@ class _Note(msgspec.Struct, array_like=True):
     stubs: list[bytes] = []  # where other subvolumes stand empty in them, by path below the root
 
 
+@dataclass
+class _Taken:
+    """The snapshots that a sync took; where other subvolumes stand empty in them, by path below the
+    root; and where something else is mounted in the sources."""
+
+    held: list[_Held] = field(default_factory=list)
+    stubs: set[bytes] = field(default_factory=set)
+    missing: list[bytes] = field(default_factory=list)
+
+
 class BtrfsSource:
     """The btrfs side of the syncs of one policy on this machine."""
 
@@ -108,35 +119,36 @@ class BtrfsSource:
         self._places |= self._own
         self._clean(base.held)
         self._write_note(base)
-        taken: list[_Held] = []
-        stubs: set[bytes] = set()
+        taken = _Taken()
         kept = False
 
         def keep(record: SnapshotRecord) -> None:
             nonlocal kept
-            self._write_note(_Note(record.number, record.time_ns, taken, stubs=sorted(stubs)))
+            self._write_note(
+                _Note(record.number, record.time_ns, taken.held, stubs=sorted(taken.stubs))
+            )
             kept = True
-            self._clean(taken)
+            self._clean(taken.held)
             self._write_note(self._note)
 
         try:
             now_ns = time.time_ns()
             try:
-                self._take(taken, stubs, now_ns)
+                self._take(taken, now_ns)
             except SourceError as error:
                 note = f"no btrfs snapshot could be taken, so the tree itself is scanned: {error}"
                 found = scanned(self._sources, [note])
                 found.keep = lambda record: self._keep_only_of(record, base)
                 yield found
                 return
-            found = Ready("btrfs", [held.place for held in taken if self._is_top(held)])
-            found.nested = {h.path: h.place for h in taken if not self._is_top(h)}
+            found = Ready("btrfs", [held.place for held in taken.held if self._is_top(held)])
+            found.nested = {h.path: h.place for h in taken.held if not self._is_top(h)}
             found.frozen_ns, found.keep = now_ns, keep
-            found.intact = lambda: _check_intact(taken)
-            found.stable_inodes = len(taken) == 1  # each subvolume has numbers of its own
-            found.notes.extend(self._missing())
+            found.intact = lambda: _check_intact(taken.held)
+            found.stable_inodes = len(taken.held) == 1  # each subvolume has numbers of its own
+            found.notes.extend(_notes_of(taken.missing))
             try:
-                found.changes = self._changes(base, taken, stubs, snapshot, taken_ns, items)
+                found.changes = self._changes(base, taken, snapshot, taken_ns, items)
             except SourceError as error:
                 found.notes.append(f"the snapshot is scanned: {error}")
             yield found
@@ -149,58 +161,40 @@ class BtrfsSource:
 
     # -- snapshots -----------------------------------------------------------------------------
 
-    def _take(self, taken: list[_Held], stubs: set[bytes], now_ns: int) -> None:
-        """Snapshot every source and what is nested in it; ``stubs`` gets what is not."""
+    def _take(self, taken: _Taken, now_ns: int) -> None:
+        """Snapshot every source and what is nested in it."""
         for name, source in zip(self._names, self._sources, strict=True):
             holding = os.path.join(source, HOLDING)
             try:
                 os.makedirs(holding, 0o700, exist_ok=True)
             except OSError as error:
                 raise SourceError(f"{os.fsdecode(holding)}: {error.strerror}.") from None
-            paths, apart = self._parts(source)
+            parts = parts_of(source)
+            paths = self._paths(parts)
             for path in paths:
-                place = os.path.join(holding, b"%s-%d.%d" % (self._prefix, now_ns, len(taken)))
+                place = os.path.join(holding, b"%s-%d.%d" % (self._prefix, now_ns, len(taken.held)))
                 held = _Held(_join(name, path), place)
                 subvolume.snapshot(os.path.join(source, path) if path else source, place)
-                taken.append(held)
+                taken.held.append(held)
                 found = subvolume.identity(place)
                 held.uuid, held.parent_uuid = found.uuid, found.parent_uuid
                 held.changed = found.changed
-            now, apart_now = self._parts(source)
-            if now != paths:
+            now = parts_of(source)
+            if self._paths(now) != paths:
                 raise SourceError("a subvolume came, went or moved meanwhile.")
-            stubs.update(_join(name, path) for path in (*apart, *apart_now))
+            apart = {*parts.subvolumes, *now.subvolumes}.difference(paths)
+            taken.stubs.update(_join(name, path) for path in apart if not _in_holding(path))
+            others = filter(self._wanted, parts.others)
+            taken.missing.extend(os.path.join(source, path) for path in others)
 
-    def _parts(self, source: bytes) -> tuple[list[bytes], list[bytes]]:
-        """The paths of a source's own subvolume and of those within it that are backed up; and of
-        those that are not."""
-        paths: list[bytes] = [b""]
-        apart: list[bytes] = []
-        for path in parts_of(source).subvolumes:
-            (paths if self._wanted(path) else apart).append(path)
-        return paths, apart
-
-    def _missing(self) -> list[str]:
-        """A note of what is mounted in the sources and is in no snapshot, if there is anything."""
-        missing = [
-            os.path.join(source, path)
-            for source in self._sources
-            for path in filter(self._wanted, parts_of(source).others)
-        ]
-        if not missing:
-            return []
-        shown = ", ".join(map(os.fsdecode, missing[:SHOWN]))
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        return [
-            f"no btrfs snapshot holds what is mounted at {shown}{more}, so that is not backed up."
-            " Leave it out (--exclude, --one-file-system) if that is meant, and give it a policy of"
-            " its own if not; or use --snapshot scan."
-        ]
+    def _paths(self, parts: Parts) -> list[bytes]:
+        """The paths of a source's own subvolume and of those within it that are backed up."""
+        return [b"", *filter(self._wanted, parts.subvolumes)]
 
     def _wanted(self, path: bytes) -> bool:
-        parts = path.split(b"/")
-        if HOLDING in parts:  # a snapshot, of this source or of one within it
+        if _in_holding(path):
             return False
+        parts = path.split(b"/")
         return not any(self._excludes(b"/".join(parts[: i + 1])) for i in range(len(parts)))
 
     def _clean(self, keep: list[_Held], tell: Tell | None = None) -> None:
@@ -249,25 +243,22 @@ class BtrfsSource:
     # -- what changed --------------------------------------------------------------------------
 
     def _changes(
-        self,
-        base: _Note,
-        taken: list[_Held],
-        stubs: set[bytes],
-        snapshot: int,
-        taken_ns: int,
-        items: int,
+        self, base: _Note, taken: _Taken, snapshot: int, taken_ns: int, items: int
     ) -> Changelist | None:
         """What changed since the base; None before the first. Raises SourceError with the reason
         where that cannot be known, or costs more to know than a scan."""
         if not base.held or not snapshot:
             return None
-        live = {held.path: held.parent_uuid for held in taken}
+        live = {held.path: held.parent_uuid for held in taken.held}
         before = {held.path: held for held in base.held}
         _check_base(base, live, snapshot, taken_ns)
-        _check_worth((self._count(new.place, before[new.path]) for new in taken), items)
+        _check_worth((self._count(new.place, before[new.path]) for new in taken.held), items)
         found = Changelist()
-        within_before, within = _within_each({*before, *base.stubs}), _within_each({*live, *stubs})
-        for new in taken:
+        within_before, within = (
+            _within_each({*before, *base.stubs}),
+            _within_each({*live, *taken.stubs}),
+        )
+        for new in taken.held:
             within_it = within_before.get(new.path, []), within.get(new.path, [])
             below = subvolume.changes(before[new.path].place, new.place, *within_it)
             found.dirs.extend(
@@ -307,7 +298,7 @@ class BtrfsSource:
         return {
             _join(name, path): _join(source, path)
             for name, source in zip(self._names, self._sources, strict=True)
-            for path in self._parts(source)[0]
+            for path in self._paths(parts_of(source))
         }
 
     def _count(self, place: bytes, held: _Held, enough: int | None = None) -> Changed:
@@ -334,6 +325,24 @@ class BtrfsSource:
         temporary.write_bytes(msgspec.msgpack.encode(note))
         temporary.replace(self._path)
         self._note = note
+
+
+def _in_holding(path: bytes) -> bool:
+    """Whether a subvolume is a snapshot, of a source or of another policy's within it."""
+    return HOLDING in path.split(b"/")
+
+
+def _notes_of(missing: list[bytes]) -> list[str]:
+    """What is to be said of that which is mounted in the sources and is in no snapshot."""
+    if not missing:
+        return []
+    shown = ", ".join(map(os.fsdecode, missing[:SHOWN]))
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    return [
+        f"no btrfs snapshot holds what is mounted at {shown}{more}, so that is not backed up. Leave"
+        " it out (--exclude, --one-file-system) if that is meant, and give it a policy of its own"
+        " if not; or use --snapshot scan."
+    ]
 
 
 def _check_base(base: _Note, live: dict[bytes, str], snapshot: int, taken_ns: int) -> None:
