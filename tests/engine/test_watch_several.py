@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cloudfs.core.changelist import Changelist
+from cloudfs.core.errors import SourceError
 from cloudfs.source.scan import Filters
 from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
@@ -152,6 +153,33 @@ def test_directories_of_one_number_on_two_file_systems(base: Path) -> None:
         rig.repository.local.close()
         for source in sources:
             run("umount", "-l", source)
+
+
+def test_copies_of_a_file_system_are_refused(base: Path) -> None:
+    """What is told of one might be of the other."""
+    with loops.file_system(base, "ext4", 32 << 20) as first:
+        copy, second = base / "copy", base / "second"
+        run("fsfreeze", "-f", first)
+        shutil.copy(base / "ext4.img", copy)
+        run("fsfreeze", "-u", first)
+        second.mkdir()
+        run("mount", "-o", "loop", copy, second)
+        rig = Watched(base, sources=[first, second])
+        try:
+            with pytest.raises(SourceError, match="has the id of the file system of"):
+                rig.start()
+        finally:
+            rig.repository.local.close()
+            run("umount", "-l", second)
+
+
+def test_a_file_system_without_times_of_birth_is_refused(base: Path) -> None:
+    """A directory that got the number of one that was removed would be taken for that one."""
+    with loops.file_system(base, "ext4", 32 << 20, "-I", "128") as place:
+        rig = Watched(base, sources=[place])
+        with pytest.raises(SourceError, match="keeps no times of birth"):
+            rig.start()
+        rig.repository.local.close()
 
 
 # -- what a file leaves out -------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Place(NamedTuple):
     inside: bytes  # where the place is in that file system
     kind: str  # of the file system
     is_source: bool
+    has_births: bool  # whether it keeps times of birth
 
     def holds(self, inside: bytes) -> bool:
         """Whether what is at a path in this file system is part of the place."""
@@ -89,7 +90,8 @@ class _Layout:
         self.digest.update(b"%d %d %d\0" % (status.dev, status.ino, status.btime_ns) + top)
         own = _mount_of(source, fd, all_mounts)
         inside = own.top.rstrip(b"/") + top.removeprefix(own.place.rstrip(b"/"))
-        self.found.append(Place(top, name, own.device, _fsid(fd), inside, own.kind, True))
+        births = bool(status.btime_ns)
+        self.found.append(Place(top, name, own.device, _fsid(fd), inside, own.kind, True, births))
         for mount in seen_within(top, own.number, all_mounts):
             below = mount.place[len(top.rstrip(b"/")) + 1 :]
             self._add_mount(mount, name, below, status.dev)
@@ -142,8 +144,8 @@ def _open(path: bytes) -> int:
 def _place(mount: Mount, below: bytes) -> Place:
     fd = _open(mount.place)
     try:
-        fsid = _fsid(fd)
-        return Place(mount.place, below, mount.device, fsid, mount.top, mount.kind, False)
+        fsid, births = _fsid(fd), bool(StatReader().of(fd).btime_ns)
+        return Place(mount.place, below, mount.device, fsid, mount.top, mount.kind, False, births)
     except OSError as error:
         raise _cannot(mount.place, error) from None
     finally:

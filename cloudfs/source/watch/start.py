@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import lmdb
@@ -33,6 +33,7 @@ def job_for(name: str, directory: Path, sources: list[bytes], filters: Filters) 
     places: dict[int, Place] = {}
     for place in sorted(places_of(sources, filters).found, key=lambda place: not place.is_source):
         _check(place, name)
+        _check_alone(place, places.values(), name)
         places.setdefault(place.device, place)
     return WatchJob(
         str(directory),
@@ -56,6 +57,21 @@ def _check(place: Place, name: str) -> None:
             f"{shown} is on {place.kind}, where inodes get other numbers at any time, so what"
             f" changes there cannot be followed. {_advice(place, name)}"
         )
+    if not place.has_births:
+        raise SourceError(
+            f"{shown} is on a file system that keeps no times of birth, so a directory is not told"
+            f" from a later one that got its inode number. {_advice(place, name)}"
+        )
+
+
+def _check_alone(place: Place, others: Iterable[Place], name: str) -> None:
+    for other in others:
+        if other.fsid == place.fsid and other.device != place.device:
+            raise SourceError(
+                f"{os.fsdecode(place.path)} has the id of the file system of"
+                f" {os.fsdecode(other.path)}, as a copy of it, so what changes in one is not told"
+                f" from what changes in the other. {_advice(place, name)}"
+            )
 
 
 def _advice(place: Place, name: str) -> str:
