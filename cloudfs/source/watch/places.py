@@ -142,14 +142,18 @@ def _open(path: bytes) -> int:
 
 
 def _place(mount: Mount, below: bytes) -> Place:
-    fd = _open(mount.place)
     try:
-        fsid, births = _fsid(fd), bool(StatReader().of(fd).btime_ns)
-        return Place(mount.place, below, mount.device, fsid, mount.top, mount.kind, False, births)
+        fd = os.open(mount.place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fsid, births = _fsid(fd), bool(StatReader().of(fd).btime_ns)
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise _cannot(mount.place, error) from None
-    finally:
-        os.close(fd)
+        raise SourceError(
+            f"what is mounted at {os.fsdecode(mount.place)} cannot be opened"
+            f" ({(error.strerror or '').lower()}); --exclude leaves it out."
+        ) from None
+    return Place(mount.place, below, mount.device, fsid, mount.top, mount.kind, False, births)
 
 
 def _cannot(path: bytes, error: OSError) -> SourceError:
