@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import msgspec
 import pytest
 
 from cloudfs.backup.publish import Publisher
@@ -823,10 +824,10 @@ def test_two_daemons_of_one_policy(watched: Watched) -> None:
         watched.start()
 
 
-def test_file_systems_that_cannot_be_watched(tmp_path: Path) -> None:
-    job = start.job_for("home", tmp_path / "place", [b"/proc/self/task"], Filters())
-    with pytest.raises(SourceError, match="cannot be watched"):
-        start.start(job)
+def test_file_systems_that_cannot_be_watched(base: Path, tmp_path: Path) -> None:
+    job = start.job_for("home", tmp_path / "place", [os.fsencode(base)], Filters())
+    with pytest.raises(SourceError, match=r"/proc cannot be watched .*--snapshot scan"):
+        start.start(msgspec.structs.replace(job, paths=[b"/proc"]))
 
 
 # -- reading what changes ---------------------------------------------------------------------
