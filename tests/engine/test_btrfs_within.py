@@ -152,11 +152,14 @@ def test_what_else_is_mounted_within_is_named(volume: Path, make: Make) -> None:
     mount("memory", tree / "memory")
     mount(btrfs.subvolume(volume / "unseen"), tree / "memory/within")
     mount("memory", tree / "left-out")
+    mount("memory", tree / "hidden")
+    mount("memory", tree / "hidden/below")
+    mount(btrfs.subvolume(volume / "over"), tree / "hidden")
     rig = make("btrfs", tree, excludes=("/left-out",))
     missing = f"no btrfs snapshot holds what is mounted at {tree}/memory, {tree}/plain, so that"
     rig.sync()
     assert [note.startswith(missing) for note in rig.notes] == [True]
-    assert held(rig, 1) == {"/memory", "/plain"}
+    assert held(rig, 1) == {"/memory", "/plain", "/hidden"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subvolume, "snapshot", refuse)
         rig.sync()

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from cloudfs.source.btrfs import subvolume
-from cloudfs.source.mounts import mounts, within
+from cloudfs.source.mounts import mounts, seen_within, within
 from cloudfs.source.own import is_live, is_view
 
 
@@ -52,7 +52,8 @@ def _mounted_in(source: bytes) -> tuple[int | None, dict[bytes, int]]:
     prefix = top.rstrip(b"/") + b"/"
     around = [mount for mount in seen if prefix.startswith(mount.place.rstrip(b"/") + b"/")]
     own = max(reversed(around), key=lambda mount: len(mount.place), default=None)
-    below = [mount for mount in within(top, seen) if not (is_view(mount) or is_live(mount))]
+    found = within(top, seen) if own is None else seen_within(top, own.number, seen)
+    below = [mount for mount in found if not (is_view(mount) or is_live(mount))]
     device = own.device if own is not None else None
     return device, {mount.place.removeprefix(prefix): mount.device for mount in below}
 
