@@ -13,7 +13,7 @@ from cloudfs.core.errors import CloudfsError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.repo.repository import PolicyRecord, Repository
 from cloudfs.source.external.command import Commands
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from cloudfs.store.count import Counts as Requests
 from cloudfs.store.open import StoreOptions
 

@@ -25,9 +25,10 @@ from cloudfs.format.tables import Page
 from cloudfs.repo.history import History
 from cloudfs.repo.repository import PolicyRecord, Repository
 from cloudfs.repo.view import SnapshotView
+from cloudfs.source.filters import Filters
 from cloudfs.source.inode import Inode, Status
 from cloudfs.source.roots import RootPlaces, Roots
-from cloudfs.source.scan import Filters, Lookup, Scanner, ScanOutcome, ScanPart
+from cloudfs.source.scan import Lookup, Scanner, ScanOutcome, ScanPart
 from cloudfs.store.count import Counts as Requests
 
 ADOPTED_KEY = struct.Struct(">QQqq")

@@ -25,7 +25,7 @@ from cloudfs.core.policy import MAX_WORKERS, Policy
 if TYPE_CHECKING:
     from cloudfs.backup.job import SyncResult, SyncSettings
     from cloudfs.repo.repository import PolicyRecord, Repository
-    from cloudfs.source.scan import Filters
+    from cloudfs.source.filters import Filters
 
 SHOWN_UNREADABLE = 50
 STOP_NOTICE = "stopping; what was stored is kept. Ctrl-C again to stop at once."
@@ -208,7 +208,7 @@ def settings_of(place: Place, wishes: SyncWishes) -> SyncSettings:
 
 def filters_of(policy: Policy) -> Filters:
     """What a policy leaves out."""
-    from cloudfs.source.scan import Filters
+    from cloudfs.source.filters import Filters
 
     return Filters(
         policy.excludes, policy.exclude_caches, policy.exclude_if_present, policy.one_file_system

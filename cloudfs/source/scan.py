@@ -29,6 +29,7 @@ import xxhash
 
 from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
+from cloudfs.source.filters import CACHE_TAG_NAME, Filters, Matcher, is_cache
 from cloudfs.source.inode import Inode, StatReader, check_directory, open_directory
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
@@ -39,9 +40,6 @@ from cloudfs.source.roots import HOLDING, Roots
 COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
 FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
 
-CACHE_TAG_NAME = b"CACHEDIR.TAG"
-CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55"
-
 _encode = msgspec.msgpack.Encoder().encode
 
 RawEntry = tuple[bytes, int, int, int, int, int, int, int, int, int, bool]
@@ -50,39 +48,6 @@ RawEntry = tuple[bytes, int, int, int, int, int, int, int, int, int, bool]
 _decode = msgspec.msgpack.Decoder(list[RawEntry]).decode
 
 Lookup = Callable[[int], DirRecord | None]
-
-
-class Filters(msgspec.Struct, frozen=True):
-    """What of the tree is left out."""
-
-    excludes: tuple[str, ...] = ()
-    exclude_caches: bool = False
-    exclude_if_present: tuple[str, ...] = ()
-    one_file_system: bool = False
-
-    @property
-    def by_name(self) -> bool:
-        """Whether any entry has to be looked at by name."""
-        return bool(self.excludes) or self.by_tag
-
-    @property
-    def by_tag(self) -> bool:
-        """Whether a file in a directory may leave out what else is in it."""
-        return bool(self.exclude_if_present or self.exclude_caches)
-
-    @property
-    def by_path(self) -> bool:
-        """Whether what is left out in a directory depends on where that is: by a pattern with a
-        slash before its end, or by one that takes back what another may have said of a name above.
-        """
-        patterns = [pattern.strip().removesuffix("/") for pattern in self.excludes]
-        return any("/" in pattern or pattern.startswith("!") for pattern in patterns)
-
-    def leaves_out(self, path: bytes) -> bool:
-        """Whether a directory of another file system, at a path below its source, is left out."""
-        if self.one_file_system:
-            return True
-        return bool(self.excludes) and Matcher(self.excludes).excludes(path, is_dir=True)
 
 
 class ScanPart(msgspec.Struct, array_like=True):
@@ -350,7 +315,7 @@ class Scanner:
         except OSError:
             return False  # who visits it meets that too
         try:
-            found = (self.filters.exclude_caches and _is_tagged(fd)) or any(
+            found = (self.filters.exclude_caches and is_cache(fd)) or any(
                 os.access(name, os.F_OK, dir_fd=fd, follow_symlinks=False)
                 for name in self.filters.exclude_if_present
             )
@@ -364,27 +329,13 @@ class Scanner:
         names = {entry[0] for entry in entries}
         if any(os.fsencode(name) in names for name in self.filters.exclude_if_present):
             return []
-        if self.filters.exclude_caches and CACHE_TAG_NAME in names and _is_tagged(fd):
+        if self.filters.exclude_caches and CACHE_TAG_NAME in names and is_cache(fd):
             return [entry for entry in entries if entry[0] == CACHE_TAG_NAME]
         if self._matcher is None:
             return entries
         excluded = self._matcher.excludes
         prefix = path + b"/" if path else b""
         return [e for e in entries if not excluded(prefix + e[0], st.S_ISDIR(e[1]))]
-
-
-class Matcher:
-    """gitignore-style patterns over paths below the source."""
-
-    def __init__(self, patterns: tuple[str, ...]) -> None:
-        import pathspec
-
-        self._spec = pathspec.GitIgnoreSpec.from_lines(patterns)
-
-    def excludes(self, path: bytes, is_dir: bool) -> bool:
-        """Whether the patterns leave this path out."""
-        text = os.fsdecode(path).replace("\n", "\0")  # what ends no line for a regular expression
-        return self._spec.match_file(text + ("/" if is_dir else ""))
 
 
 def _list(fd: int, dev: int, mask: int, refused: dict[bytes, OSError]) -> list[RawEntry]:
@@ -512,21 +463,6 @@ def is_fresh(ctime_ns: int, now_ns: int) -> bool:
     """Whether a change after ``now_ns`` might still leave this ctime as it is."""
     tick = FINE_TICK_NS if ctime_ns % 1_000_000_000 else COARSE_TICK_NS
     return ctime_ns > now_ns - tick
-
-
-def _is_tagged(directory_fd: int) -> bool:
-    try:
-        fd = os.open(
-            CACHE_TAG_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd
-        )
-    except OSError:
-        return False
-    try:
-        return os.read(fd, len(CACHE_TAG)) == CACHE_TAG
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def reason(error: OSError) -> str:

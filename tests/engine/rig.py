@@ -20,8 +20,8 @@ from cloudfs.repo.keys import Secret
 from cloudfs.repo.repository import Repository
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.external.command import Commands
+from cloudfs.source.filters import Filters
 from cloudfs.source.roots import HOLDING
-from cloudfs.source.scan import Filters
 from cloudfs.store.open import OpenedStore, StoreOptions, open_store
 
 SECRET = Secret.key_file(b"k" * 32)  # a key file needs no stretching, so tests are quick

@@ -19,8 +19,8 @@ from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
 from cloudfs.source.btrfs import session
 from cloudfs.source.btrfs.subvolume import ROOT_INODE
+from cloudfs.source.filters import Filters
 from cloudfs.source.roots import HOLDING
-from cloudfs.source.scan import Filters
 from cloudfs.source.state import SourceState
 from tests.engine import btrfs
 from tests.engine.rig import LeftOut, Rig, contents_of_tree, difference

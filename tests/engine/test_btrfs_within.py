@@ -13,7 +13,7 @@ import pytest
 from cloudfs.core.errors import SourceError
 from cloudfs.source import roots
 from cloudfs.source.btrfs import subvolume
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from tests.engine import btrfs
 from tests.engine.rig import Rig, difference
 

@@ -23,7 +23,7 @@ from cloudfs.backup import packs
 from cloudfs.backup.job import Interrupted, SyncResult
 from cloudfs.source.external import command, told
 from cloudfs.source.external.command import Commands
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from tests.engine import snapshotter
 from tests.engine.rig import Rig, contents_of_tree, difference
 from tests.engine.test_machine import LEFT_OUT, Tree, hunt

@@ -23,10 +23,10 @@ from cloudfs.core.errors import CloudfsError, SourceError, UsageError
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.daemon import Daemon
 from cloudfs.fuse.live.tracking import MOST_HELD
+from cloudfs.source.filters import Filters
 from cloudfs.source.live import session
 from cloudfs.source.live.client import NotMounted
 from cloudfs.source.mounts import mounts as all_mounts
-from cloudfs.source.scan import Filters
 from tests.engine import btrfs, loops
 from tests.engine.living import Living, living
 from tests.engine.rig import contents_of_tree, difference

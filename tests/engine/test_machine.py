@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from cloudfs.backup import dispatch, packs, revisit, walk
 from cloudfs.backup.job import SyncResult
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from tests.engine.rig import ALL, LeftOut, Rig, contents_of_tree, difference
 
 NAMES = hs.sampled_from([b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8])

@@ -14,8 +14,9 @@ import pytest
 
 from cloudfs.backup.files import FileReader
 from cloudfs.core.errors import SourceError, UsageError
+from cloudfs.source.filters import Filters
 from cloudfs.source.numbers import keeps_numbers, kind_keeps_numbers
-from cloudfs.source.scan import Filters, Scanner
+from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import start
 from tests.engine import btrfs, loops
 from tests.engine.btrfs import run

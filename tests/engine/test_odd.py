@@ -18,7 +18,8 @@ import pytest
 from cloudfs.backup import dispatch
 from cloudfs.core.changes import DirScan
 from cloudfs.core.errors import SourceError, UsageError
-from cloudfs.source.scan import Filters, Scanner
+from cloudfs.source.filters import Filters
+from cloudfs.source.scan import Scanner
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 BLOCK = 4096

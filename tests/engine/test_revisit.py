@@ -15,8 +15,9 @@ from cloudfs.backup import sync as engine
 from cloudfs.backup.files import FileReader
 from cloudfs.backup.revisit import Revisit
 from cloudfs.core.changelist import Changelist, DirChange
+from cloudfs.source.filters import Filters
 from cloudfs.source.ready import Ready
-from cloudfs.source.scan import Filters, Scanner
+from cloudfs.source.scan import Scanner
 from tests.engine import loops
 from tests.engine.rig import Rig, contents_of_tree, difference
 

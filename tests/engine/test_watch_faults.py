@@ -27,7 +27,8 @@ from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
 from cloudfs.db.watched import Place, WatchedSet
 from cloudfs.source import handles, scan
-from cloudfs.source.scan import Filters, Scanner
+from cloudfs.source.filters import Filters
+from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
 from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops

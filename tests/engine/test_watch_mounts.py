@@ -15,7 +15,7 @@ import pytest
 from cloudfs.backup.attempt import Attempt
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from cloudfs.source.watch.session import WatchSource
 from tests.engine.btrfs import run
 from tests.engine.test_watch_faults import scanned
@@ -68,7 +68,7 @@ from cloudfs.core.errors import SourceError
 from cloudfs.backup.attempt import Attempt
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from cloudfs.source.watch.session import WatchSource
 from cloudfs.source.watch.places import places_of
 

@@ -14,7 +14,7 @@ import pytest
 
 from cloudfs.core.changelist import Changelist
 from cloudfs.core.errors import SourceError
-from cloudfs.source.scan import Filters
+from cloudfs.source.filters import Filters
 from cloudfs.source.watch.resolve import Resolver
 from tests.engine import loops
 from tests.engine.btrfs import run

@@ -31,9 +31,9 @@ from cloudfs.source.external.command import Command, Commands, end_group
 from cloudfs.source.external.resolve import Resolver
 from cloudfs.source.external.told import read_told
 from cloudfs.source.external.trees import NewTree, OldTree, join
+from cloudfs.source.filters import Filters, Matcher
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import root_names
-from cloudfs.source.scan import Filters, Matcher
 from cloudfs.source.state import SourceState, scanning
 
 MAX_CHANGES_BYTES = 1 << 30

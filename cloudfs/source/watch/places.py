@@ -14,11 +14,11 @@ from typing import NamedTuple
 import xxhash
 
 from cloudfs.core.errors import SourceError
+from cloudfs.source.filters import Filters, Matcher
 from cloudfs.source.inode import StatReader, mount_of
 from cloudfs.source.mounts import Mount, mounts, seen_within
 from cloudfs.source.own import is_view
 from cloudfs.source.roots import root_names
-from cloudfs.source.scan import Filters, Matcher
 
 
 class Place(NamedTuple):

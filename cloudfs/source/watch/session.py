@@ -22,8 +22,8 @@ from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.db.watched import WatchedSet
+from cloudfs.source.filters import Filters
 from cloudfs.source.ready import Ready
-from cloudfs.source.scan import Filters
 from cloudfs.source.state import SourceState, scanning
 from cloudfs.source.unseen import Written, being_written
 from cloudfs.source.watch import client

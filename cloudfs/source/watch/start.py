@@ -16,8 +16,8 @@ import msgspec
 
 from cloudfs.core.errors import SourceError
 from cloudfs.db.watched import WatchedSet
+from cloudfs.source.filters import Filters
 from cloudfs.source.numbers import kind_keeps_numbers
-from cloudfs.source.scan import Filters
 from cloudfs.source.watch import client
 from cloudfs.source.watch.daemon import Daemon, WatchJob
 from cloudfs.source.watch.places import Place, places_of
