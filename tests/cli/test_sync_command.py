@@ -216,10 +216,11 @@ def test_interrupted_twice_it_stops_at_once(home: Machine, tree: Path) -> None:
     _large_tree(tree)
     with home.start("sync", "--json", "--upload-limit", "1 MB") as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         while '"status"' not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        assert "stopping" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=10)
     assert process.returncode == 130
