@@ -20,11 +20,15 @@ def test_a_mapping_that_stays(local_volume: Path) -> None:
         mapped = mmap.mmap(file.fileno(), 0)
     mapped[5000] = 1
     rig.sync()
-    before = path.stat()
-    for number in (2, 3):
+    untold = 0
+    for number in range(2, 40):
+        before = path.stat().st_mtime_ns
         mapped[5000] = number
-        assert path.stat().st_mtime_ns == before.st_mtime_ns, "the times tell of it: no test"
+        untold += path.stat().st_mtime_ns == before  # else somebody had it written back
         check(rig)
+        if untold == 2:
+            break
+    assert untold == 2
     mapped[5000] = 4
     mapped.close()
     check(rig)
