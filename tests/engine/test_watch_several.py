@@ -78,8 +78,10 @@ def test_a_name_that_came_in_with_its_directory(watched: Watched) -> None:
 # -- one number in several places -------------------------------------------------------------
 
 
-def nested(volume: Path) -> Iterator[Watched]:
-    base = Path(tempfile.mkdtemp(dir=volume))
+@pytest.fixture
+def nested_sources(local_volume: Path) -> Iterator[Watched]:
+    """A source within another, so that each directory there is on record twice."""
+    base = Path(tempfile.mkdtemp(dir=local_volume))
     outer = base / "outer"
     (outer / "inner" / "old").mkdir(parents=True)
     (outer / "inner" / "old" / "file").write_text("one")
@@ -89,12 +91,6 @@ def nested(volume: Path) -> Iterator[Watched]:
     made.kill()
     made.repository.local.close()
     shutil.rmtree(base)
-
-
-@pytest.fixture
-def nested_sources(local_volume: Path) -> Iterator[Watched]:
-    """A source within another, so that each directory there is on record twice."""
-    yield from nested(local_volume)
 
 
 def check_both(rig: Watched) -> None:
