@@ -19,10 +19,8 @@ import contextlib
 import os
 import stat as st
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 import msgspec
 import xxhash
@@ -31,21 +29,22 @@ from cloudfs.core.changelist import DirChange
 from cloudfs.core.changes import Counts, DirRecord, DirScan, Visit
 from cloudfs.source.filters import CACHE_TAG_NAME, Filters, Matcher, is_cache
 from cloudfs.source.inode import Inode, StatReader, check_directory, open_directory
+from cloudfs.source.listing import (
+    RawEntry,
+    decode,
+    encode,
+    fix_times_of_stubs,
+    has_name,
+    raw_entry,
+    read_listing,
+)
 from cloudfs.source.live.beneath import Beneath, TouchedSince
 from cloudfs.source.live.protocol import OTHERS
-from cloudfs.source.numbers import STUB, is_stub
 from cloudfs.source.own import OwnMounts, own_mounts, shows_backups
 from cloudfs.source.roots import HOLDING, Roots
 
 COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
 FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
-
-_encode = msgspec.msgpack.Encoder().encode
-
-RawEntry = tuple[bytes, int, int, int, int, int, int, int, int, int, bool]
-"""The fields of :class:`cloudfs.core.changes.Stat` in order."""
-
-_decode = msgspec.msgpack.Decoder(list[RawEntry]).decode
 
 Lookup = Callable[[int], DirRecord | None]
 
@@ -158,12 +157,12 @@ class Scanner:
             foreign = left_out and dev != os.fstat(root_fd).st_dev
             now_ns = self.clock_ns()
             refused: dict[bytes, OSError] = {}
-            entries = [] if foreign else _list(fd, dev, mask, refused)
+            entries = [] if foreign else read_listing(fd, dev, mask, refused)
             if self.roots.beneath is not None and root_fd == self.roots.beneath.fd:
                 self._check_beneath(self.roots.beneath, fd, dev, entries)
                 if not inode:
                     self._check_way(self.roots.beneath, fd, path)
-            if _names(entries, HOLDING) and _holds_snapshots(fd, below):
+            if has_name(entries, HOLDING) and _holds_snapshots(fd, below):
                 entries = [entry for entry in entries if entry[0] != HOLDING]
             if dev in self._own.live:
                 entries = [entry for entry in entries if not shows_backups(entry[0], entry[2])]
@@ -173,12 +172,12 @@ class Scanner:
                 entries = self._refuse(lin, path, entries, refused, record)
             for name, nested_fd in self.roots.nested_in(path).items():
                 entries = [
-                    e if e[0] != name else _raw(name, os.fstat(nested_fd), dev, mask)
+                    e if e[0] != name else raw_entry(name, os.fstat(nested_fd), dev, mask)
                     for e in entries
                 ]
         finally:
             os.close(fd)
-        listing = _encode(entries)
+        listing = encode(entries)
         signature = xxhash.xxh3_128_digest(listing)
         if record is not None and record.signature == signature and not self._mapped(dev, entries):
             return None
@@ -213,7 +212,7 @@ class Scanner:
     ) -> list[RawEntry]:
         """Note entries that cannot be looked at. Those that are on record stay as they were, the
         others are left out."""
-        known = {e[0]: e for e in _decode(record.listing)} if record is not None else {}
+        known = {e[0]: e for e in decode(record.listing)} if record is not None else {}
         found = []
         for entry in entries:
             name = entry[0]
@@ -246,7 +245,7 @@ class Scanner:
         try:
             dev = check_directory(fd, change.inode, self._reader)
             now_ns = self.clock_ns()
-            known = {entry[0]: entry for entry in _decode(record.listing)}
+            known = {entry[0]: entry for entry in decode(record.listing)}
             again: list[RawEntry] = []
             for name in change.names:
                 known.pop(name, None)
@@ -254,22 +253,23 @@ class Scanner:
                     continue
                 try:
                     status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    again.append(_raw(name, status, dev, mask))
+                    again.append(raw_entry(name, status, dev, mask))
                 except FileNotFoundError:
                     continue
                 except OSError:  # patterns may leave it out: the listing says what it is
                     return self.visit(lin, change.path, record, change.inode)
-            _fix_times_of_stubs(fd, again)
+            fix_times_of_stubs(fd, again)
             if self.filters.by_name:
                 again = self._filtered(again, self.roots.parted(change.path)[1], fd)
             again.extend(
-                _raw(name, os.fstat(nested_fd), dev, mask) for name, nested_fd in nested.items()
+                raw_entry(name, os.fstat(nested_fd), dev, mask)
+                for name, nested_fd in nested.items()
             )
         finally:
             os.close(fd)
         known.update((entry[0], entry) for entry in again)
         entries = [known[name] for name in sorted(known)]
-        listing = _encode(entries)
+        listing = encode(entries)
         signature = xxhash.xxh3_128_digest(listing)
         if record.signature == signature:
             return None
@@ -338,79 +338,12 @@ class Scanner:
         return [e for e in entries if not excluded(prefix + e[0], st.S_ISDIR(e[1]))]
 
 
-def _list(fd: int, dev: int, mask: int, refused: dict[bytes, OSError]) -> list[RawEntry]:
-    """The entries of a directory by name. Of what cannot be looked at, which is in ``refused``,
-    they have no more than the listing itself says: name, number, and whether it is a directory."""
-    entries: list[RawEntry] = []
-    append = entries.append
-    with os.scandir(fd) as listing:
-        for entry in listing:
-            name = entry.name.encode("utf-8", "surrogateescape")
-            try:
-                append(_raw(name, entry.stat(follow_symlinks=False), dev, mask))
-            except FileNotFoundError:
-                continue  # removed since the directory was read
-            except OSError as error:
-                refused[name] = error
-                append(_as_listed(name, entry, mask))
-    _fix_times_of_stubs(fd, entries)
-    entries.sort()
-    return entries
-
-
-def _fix_times_of_stubs(fd: int, entries: list[RawEntry]) -> None:
-    """In an open directory, let what stands for btrfs subvolumes have no times: the kernel makes
-    them up."""
-    for index, entry in enumerate(entries):
-        if entry[2] == STUB and entry[-1]:  # the device is another one, too
-            with contextlib.suppress(OSError):  # gone, or no directory
-                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                stub_fd = os.open(entry[0], flags, dir_fd=fd)
-                try:
-                    if is_stub(stub_fd, entry[2], entry[1]):
-                        entries[index] = (*entry[:7], 0, 0, *entry[9:])
-                finally:
-                    os.close(stub_fd)
-
-
-def _names(entries: list[RawEntry], name: bytes) -> bool:
-    """Whether a sorted listing has a name."""
-    at = bisect_left(entries, name, key=itemgetter(0))
-    return at < len(entries) and entries[at][0] == name
-
-
 def _holds_snapshots(fd: int, below: bytes) -> bool:
     """Whether HOLDING in an open directory holds snapshots: at the top of a source, or of what is
     nested in one, or of a subvolume that may be another policy's source."""
     from cloudfs.source.btrfs.subvolume import is_subvolume
 
     return not below or is_subvolume(b"/proc/self/fd/%d" % fd)
-
-
-def _as_listed(name: bytes, entry: os.DirEntry[str], mask: int) -> RawEntry:
-    try:
-        mode = st.S_IFDIR if entry.is_dir(follow_symlinks=False) else 0
-    except OSError:  # the file system does not list what it is
-        mode = 0
-    return name, mode, entry.inode() & mask, 0, 0, 0, 0, 0, 0, 0, False
-
-
-def _raw(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> RawEntry:
-    """An entry of a listing, in a directory on device ``dev``. ``mask``: what of an inode number
-    is the item's own."""
-    return (
-        name,
-        status.st_mode,
-        status.st_ino & mask,
-        status.st_nlink,
-        status.st_uid,
-        status.st_gid,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_rdev,
-        status.st_dev != dev,
-    )
 
 
 def _describe(
@@ -450,7 +383,7 @@ def _describe(
 
 def _tell(found: DirScan, change: DirChange) -> DirScan:
     """Note what a changelist says of the entries, which the listing may not show."""
-    for index, entry in enumerate(_decode(found.listing)):
+    for index, entry in enumerate(decode(found.listing)):
         if entry[0] in change.names:
             found.told.append(index)
             # A file of several names may have been changed under another one.

@@ -22,7 +22,7 @@ import pytest
 from cloudfs.backup import files, packs
 from cloudfs.core.errors import CloudfsError
 from cloudfs.core.rows import ROOT_LIN
-from cloudfs.source import inode, roots, scan
+from cloudfs.source import inode, listing, roots, scan
 from tests.cli.conftest import Machine
 from tests.cli.test_secrets import environments
 from tests.engine.rig import Rig, contents_of_tree, difference
@@ -48,7 +48,7 @@ def assert_last(rig: Rig) -> None:
 
 def test_writes_within_one_tick_of_the_clock(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system whose stamps are whole seconds; size and mtime stay as they were."""
-    real = scan._raw
+    real = listing.raw_entry
 
     def coarse(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> Any:
         raw = list(real(name, status, dev, mask))
@@ -56,7 +56,8 @@ def test_writes_within_one_tick_of_the_clock(rig: Rig, monkeypatch: pytest.Monke
             raw[place] -= raw[place] % TICK_NS
         return tuple(raw)
 
-    monkeypatch.setattr(scan, "_raw", coarse)
+    monkeypatch.setattr(scan, "raw_entry", coarse)
+    monkeypatch.setattr(listing, "raw_entry", coarse)
     path = rig.tree / "file"
     path.write_bytes(b"0" * 5000)
     (rig.tree / "other").write_text("never changes")

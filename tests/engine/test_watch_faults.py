@@ -26,7 +26,7 @@ import pytest
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
 from cloudfs.db.watched import Place, WatchedSet
-from cloudfs.source import handles, scan
+from cloudfs.source import handles, listing, scan
 from cloudfs.source.filters import Filters
 from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
@@ -762,14 +762,15 @@ def test_attributes_within_one_tick_of_the_clock(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what is no file too: nothing else than its time stamps would tell."""
-    real, second = scan._raw, time.time_ns() // 10**9 * 10**9
+    real, second = listing.raw_entry, time.time_ns() // 10**9 * 10**9
 
     def coarse(*entry: Any) -> Any:
         raw = list(real(*entry))
         raw[8] = second  # ctime
         return tuple(raw)
 
-    monkeypatch.setattr(scan, "_raw", coarse)
+    monkeypatch.setattr(scan, "raw_entry", coarse)
+    monkeypatch.setattr(listing, "raw_entry", coarse)
     monkeypatch.setattr(scan, "COARSE_TICK_NS", 10**12)
     names = [watched.tree / name for name in ("directory", "fifo", "link")]
     names[0].mkdir()
