@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -106,6 +107,7 @@ class Attempt:
             self._view,
             next_lin,
             queue,
+            now_ns=self._source.frozen_ns or time.time_ns(),
             trust=trust,
             stable_inodes=changes is not None and self._source.stable_inodes,
         )

@@ -86,7 +86,11 @@ def _record(stats: list[Stat], lins: list[int], taken_ns: int) -> DirRecord:
     counts = Counts()
     for stat in stats:
         counts.count(stat)
-    doubtful = [i for i, stat in enumerate(stats) if is_fresh(stat.ctime_ns, taken_ns)]
+    doubtful = [
+        index
+        for index, stat in enumerate(stats)
+        if is_fresh(stat.ctime_ns, taken_ns, stat.size if stat.is_file else 0)
+    ]
     listing = encode_listing(stats)
     return DirRecord(
         b"" if doubtful else xxhash.xxh3_128_digest(listing),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
@@ -50,10 +49,12 @@ class Walk:
         next_lin: int,
         queue: WorkQueue,
         *,
+        now_ns: int,
         trust: bool,
         stable_inodes: bool = False,
     ) -> None:
         """``view`` is the last snapshot, to which ``state`` belongs; None for a first backup.
+        ``now_ns``: when the tree stood still, or a time before anything of it is read.
 
         Without ``trust`` no directory is passed over because its listing is as before (the
         policy's filters are others now).
@@ -62,6 +63,7 @@ class Walk:
         self._state = state
         self._view = view
         self._queue = queue
+        self._now_ns = now_ns
         self._trust = trust
         self._snapshot = view.number + 1 if view is not None else 1
         self._stat = roots.reader()
@@ -83,11 +85,10 @@ class Walk:
 
     def _begin(self) -> None:
         """The root, as an entry without a name of a directory that nothing names."""
-        now_ns, listing = time.time_ns(), self._roots.root_listing()
-        scan = _made_up_scan(TOP, listing, [(0, b"", 0)], now_ns)
+        scan = _made_up_scan(TOP, self._roots.root_listing(), [(0, b"", 0)], self._now_ns)
         record = self._state.record(TOP) if not self.first else None
         if record is None:
-            task = DirTask(TOP, b"", listing, [(ROOT_LIN, 1)], None, [])
+            task = DirTask(TOP, b"", scan.listing, [(ROOT_LIN, 1)], None, [])
             self._stage(TOP, _record_of(scan, ROOT_LIN))
             self.diff.tally.new += 1
             self._queue_root(task)
@@ -128,10 +129,10 @@ class Walk:
         return bool(self._waiting)
 
     def _top_scan(self) -> DirScan:
-        now_ns, listing = time.time_ns(), self._roots.top_listing()
+        listing = self._roots.top_listing()
         stats = decode_listing(listing)
         below = [(i, s.name, 0) for i, s in enumerate(stats)]
-        return _made_up_scan(ROOT_LIN, listing, below, now_ns)
+        return _made_up_scan(ROOT_LIN, listing, below, self._now_ns)
 
     def _take_first(self, scan: DirScan) -> None:
         task, record, visits = self.diff.take_new(scan)
@@ -362,7 +363,7 @@ def _made_up_scan(
     counts, doubtful = Counts(), []
     for index, stat in enumerate(decode_listing(listing)):
         counts.count(stat)
-        if is_fresh(stat.ctime_ns, now_ns):
+        if is_fresh(stat.ctime_ns, now_ns, 0):  # directories, as sources are
             doubtful.append(index)
     signature = b"" if doubtful else xxhash.xxh3_128_digest(listing)
     return DirScan(lin, b"", 0, signature, listing, subdirs, [], doubtful, counts)

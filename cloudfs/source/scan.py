@@ -3,10 +3,11 @@
 1. A directory is read whole and each entry lstat'ed; the listing is sorted and encoded, and its
    digest compared with that of the last snapshot's. Equal: nothing in it changed, only its
    subdirectories are to be visited. Different: it is handed on as it is.
-2. lstat's ctime moves with every change of data or attributes. Only a change within the same tick
-   of the clock could hide, and one through a mapping that stays. An entry whose ctime is that fresh
-   when it is listed, or that is mapped, is *doubtful*, and the signature of its directory is not
-   kept, so that the next scan compares its data. What is mapped now is compared now as well.
+2. lstat's ctime moves with every change of data or attributes. A change within the same tick of the
+   clock could hide, one through a mapping that stays, and the rest of a write(2) that goes on: the
+   kernel sets the times before it takes over the data. An entry whose ctime is that fresh when it
+   is listed, or that is mapped, is *doubtful*, and the signature of its directory is not kept, so
+   that the next scan compares its data. What is mapped now is compared now as well.
 3. A directory that cannot be read is reported, and what was known of it stays in force.
 
 Filters leave names out before anything else sees them. The functions keep nothing between calls,
@@ -45,6 +46,8 @@ from cloudfs.source.roots import HOLDING, Roots
 
 COARSE_TICK_NS = 2_000_000_000  # time stamps of whole seconds: FAT, ext3, some network servers
 FINE_TICK_NS = 20_000_000  # two ticks of a kernel that counts 100 a second
+MAX_WRITE_BYTES = 0x7FFF_F000  # the kernel takes no more at once
+SLOW_WRITE_NS = 100  # for a byte: 10 MB/s, a slow disk whose queue of writes is full
 
 Lookup = Callable[[int], DirRecord | None]
 
@@ -374,7 +377,7 @@ def _describe(
                 counts.others += 1
             if entry[3] > 1:
                 links.append(index)
-        if is_fresh(entry[8], now_ns):
+        if is_fresh(entry[8], now_ns, entry[6] if mode == st.S_IFREG else 0):
             doubtful.append(index)
     if doubtful:
         signature = b""
@@ -392,10 +395,11 @@ def _tell(found: DirScan, change: DirChange) -> DirScan:
     return found
 
 
-def is_fresh(ctime_ns: int, now_ns: int) -> bool:
-    """Whether a change after ``now_ns`` might still leave this ctime as it is."""
+def is_fresh(ctime_ns: int, now_ns: int, size: int) -> bool:
+    """Whether a change after ``now_ns`` might still leave this ctime as it is: in the same tick, or
+    by a write of all the ``size`` bytes of a file that goes on."""
     tick = FINE_TICK_NS if ctime_ns % 1_000_000_000 else COARSE_TICK_NS
-    return ctime_ns > now_ns - tick
+    return ctime_ns > now_ns - tick - min(size, MAX_WRITE_BYTES) * SLOW_WRITE_NS
 
 
 def reason(error: OSError) -> str:

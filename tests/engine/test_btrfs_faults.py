@@ -27,6 +27,7 @@ from cloudfs.source.btrfs.session import BtrfsSource
 from cloudfs.source.roots import HOLDING
 from cloudfs.source.scan import Scanner
 from tests.engine import btrfs
+from tests.engine.longwrite import long_write
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 DAY_NS = 86_400 * 10**9
@@ -195,6 +196,18 @@ def test_a_base_deleted_before_it_is_compared(rig: Rig) -> None:
         check(rig, 2, notes="could not compare")
     change(rig.tree, 2)
     check(rig, 3)
+
+
+def test_a_base_that_is_lost_after_a_snapshot_was_taken_in_the_midst_of_a_write(rig: Rig) -> None:
+    """Half of it is in the snapshot, with the time of all, by which the next sync scans."""
+    size, path = 32 << 20, rig.tree / "long"
+    path.write_bytes(b"a" * size)
+    check(rig, 2)
+    with long_write(path, b"b", size):
+        time.sleep(0.1)
+        check(rig, 3)
+    btrfs.run("btrfs", "subvolume", "delete", *held(rig))
+    check(rig, 4, notes="is gone")
 
 
 def test_a_base_that_was_made_to_hide_a_change(rig: Rig) -> None:

@@ -25,6 +25,7 @@ from cloudfs.core.rows import ROOT_LIN
 from cloudfs.source import inode, listing, roots, scan
 from tests.cli.conftest import Machine
 from tests.cli.test_secrets import environments
+from tests.engine.longwrite import long_write
 from tests.engine.rig import Rig, contents_of_tree, difference
 from tests.fuse.conftest import wait_until
 
@@ -69,6 +70,21 @@ def test_writes_within_one_tick_of_the_clock(rig: Rig, monkeypatch: pytest.Monke
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         rig.sync(force=True)
         assert_last(rig)
+
+
+def test_a_write_that_goes_on_while_its_file_is_read(rig: Rig) -> None:
+    """Its time stamps are from its beginning, many ticks before."""
+    size = 32 << 20
+    path = rig.tree / "file"
+    path.write_bytes(b"a" * size)
+    rig.sync()
+    with long_write(path, b"b", size):
+        time.sleep(0.1)
+        written = path.stat()
+        rig.sync()
+    assert path.stat().st_ctime_ns == written.st_ctime_ns
+    rig.sync()
+    assert_last(rig)
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
