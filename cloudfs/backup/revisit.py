@@ -68,6 +68,8 @@ class Revisit(Walk):
             self._add_names(inode, todo, further)
         for inode in changes.looks:
             self._add_names(inode, todo, further, told=False)
+        for inode in self._told_where_left_out():
+            self._add_names(inode, todo, further)
         for lin in self._state.head.again:
             _either(lin, todo, further).whole = True
         for lin, change in todo.items():
@@ -94,11 +96,23 @@ class Revisit(Walk):
         if self._changes.inodes is not None:
             return set(found)
         # Who names all names of what changed does so where they were, too: by its number, if that
-        # is never used again, a file that moved is known.
-        lacking = {inode for inode, more in found.items() if more > 0 and not self._stable_inodes}
+        # is never used again, a file that moved is known. But where they were left out, none is.
+        known = self._stable_inodes and not self._scanner.filters.by_name
+        lacking = {inode for inode, more in found.items() if more > 0 and not known}
         if lacking:
             self._state.index_inodes()
         return lacking
+
+    def _told_where_left_out(self) -> set[int]:
+        """Inode numbers of files of which a change was told under a name that is left out, and
+        which may have others that are not; for a source that tells of one name only."""
+        if self._changes.inodes is not None or not self._scanner.filters.by_name:
+            return set()
+        links = self._scanner.links_left_out
+        found = {i for change in self._changes.dirs for i in links(change.path, change.names)}
+        if found:
+            self._state.index_inodes()
+        return found
 
     def _on_record(self) -> dict[int, DirChange]:
         """The changes in directories that are on record, by LIN."""
@@ -114,9 +128,10 @@ class Revisit(Walk):
                 lin = self._known_names.standing(known, change.path)
                 self._in_doubt.update(known if lin is None else ())
             # What is not on record is within something new, or left out of the backup.
-            if lin is not None and not self._scanner.leaves_out(change.path):
-                # One that was moved meanwhile may be told of at both places.
-                found.setdefault(lin, change).names.update(change.names)
+            if lin is None or self._scanner.leaves_out(change.path):
+                continue
+            if found.setdefault(lin, change) is not change:
+                found[lin].join(change)  # it was moved meanwhile, and told of at both places
         return found
 
     def _add_names(

@@ -160,8 +160,9 @@ class Walk:
 
     def _look_for_names(self, scan_parts: ScanParts) -> None:
         """Visit once more the directories that are as they were, and hold a name on record of a
-        file of which another one came in unchanged, with its directory."""
-        inodes = {inode for inode, more in self.diff.unknown_links().items() if more > 0}
+        file of which another one came in unchanged, with its directory. How many of its names were
+        seen says nothing: a tree may show one at several places."""
+        inodes = set(self.diff.unknown_links())
         if not inodes or self._view is None:
             return
         known = Known(self._state, self._view, self._same_directory)

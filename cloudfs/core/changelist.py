@@ -29,6 +29,14 @@ class DirChange:
     looks: set[bytes] = field(default_factory=set)
     inode: int = 0  # what stands at ``path`` must have this number; 0: whatever stands there
 
+    def join(self, other: DirChange) -> None:
+        """Let the names in the same directory that ``other`` has be looked at as well."""
+        self.looks -= other.names - other.looks
+        self.looks |= other.looks - self.names
+        self.names |= other.names
+        for name, ranges in other.ranges.items():
+            self.ranges[name] = [*self.ranges.get(name, ()), *ranges]
+
 
 @dataclass
 class Changelist:

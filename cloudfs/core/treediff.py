@@ -120,12 +120,17 @@ class TreeDiff:
 
     def unknown_links(self) -> dict[int, int]:
         """Inode numbers of files of several names that have appeared, of which no name was seen
-        that is on record; and how many more names than have appeared they have."""
-        found: dict[int, int] = {}
+        that is on record; and how many more names than have appeared they have. (Of files of one
+        number, in several file systems: the one of which most are lacking.)"""
+        more: dict[tuple[int, int], int] = {}
         for item in (*self._appeared_files, *self._kept_back):
             stat = item.stat
-            if stat.nlink > 1 and (item.directory.scan.dev, stat.ino) not in self._links:
-                found[stat.ino] = found.get(stat.ino, stat.nlink) - 1
+            file = item.directory.scan.dev, stat.ino
+            if stat.nlink > 1 and file not in self._links:
+                more[file] = more.get(file, stat.nlink) - 1
+        found: dict[int, int] = {}
+        for (_, inode), lacking in more.items():
+            found[inode] = max(found.get(inode, 0), lacking)
         return found
 
     def has_taken(self, lin: int) -> bool:

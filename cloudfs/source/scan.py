@@ -293,6 +293,28 @@ class Scanner:
             found.signature = b""
         return found
 
+    def links_left_out(self, path: bytes, names: set[bytes]) -> list[int]:
+        """The inode numbers of those files of several names that are left out, of names in a
+        directory; it may be that it is not there."""
+        below = self.roots.parted(path)[1]
+        prefix, matcher = below + b"/" if below else b"", self._matcher
+        if not self.leaves_out(path) and not (self.filters.by_tag and self._holds_tag(path)):
+            if matcher is None:
+                return []
+            names = {name for name in names if matcher.excludes(prefix + name, is_dir=False)}
+        found = []
+        with contextlib.suppress(OSError):
+            fd = self.roots.open(path)
+            try:
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                        if status.st_nlink > 1 and not st.S_ISDIR(status.st_mode):
+                            found.append(status.st_ino & self._reader.inode_mask)
+            finally:
+                os.close(fd)
+        return found
+
     def leaves_out(self, path: bytes) -> bool:
         """Whether the filters leave a directory out, or one above it."""
         if not self.filters.by_name:

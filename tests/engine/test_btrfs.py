@@ -147,6 +147,49 @@ def test_what_changed_in_a_directory_that_moved_where_patterns_leave_out(
     assert (stats.files, stats.dirs) == (5 if left.by_path(b"/new/below/out", False) else 6, 5)
 
 
+@pytest.mark.parametrize("left", [Filters(excludes=("out/",)), Filters(excludes=("first",))])
+def test_a_file_that_changed_has_its_first_name_where_it_is_left_out(
+    rig: Rig, left: Filters
+) -> None:
+    """By which alone the stream tells of it."""
+    rig.filters = left
+    for name in ("out", "known"):
+        (rig.tree / name).mkdir()
+    names = [rig.tree / "out/first", rig.tree / "known/second"]
+    names[0].write_text("one")
+    os.link(*names)
+    rig.sync()
+    for turn in range(4):
+        changed = names[turn % 2]
+        if turn < 2:
+            changed.write_text(f"changed {turn}")
+        else:
+            os.setxattr(changed, "trusted.turn", b"%d" % turn)
+        rig.sync()
+        assert not rig.notes
+        found = rig.contents(turn + 2)
+        assert b"/out/first" not in found
+        want = contents_of_tree(rig.tree)
+        assert not difference(
+            {b"/known/second": found[b"/known/second"]},
+            {b"/known/second": want[b"/known/second"]},
+        )
+
+
+def test_a_further_name_in_a_directory_that_was_left_out(rig: Rig) -> None:
+    """Neither name was touched, nor was the other one's directory."""
+    rig.filters = Filters(excludes=("out/",))
+    for name in ("out", "known"):
+        (rig.tree / name).mkdir()
+    (rig.tree / "known/file").write_text("data")
+    os.link(rig.tree / "known/file", rig.tree / "out/name")
+    rig.sync()
+    (rig.tree / "out").rename(rig.tree / "in")
+    rig.sync()
+    assert not rig.notes
+    assert not difference(rig.contents(2), contents_of_tree(rig.tree))
+
+
 def test_a_file_of_several_names_that_changed_under_a_new_one_beside_a_subvolume(rig: Rig) -> None:
     """Inodes of several subvolumes have equal numbers: a file that changed is not known by that."""
     btrfs.subvolume(rig.tree / "within")

@@ -143,6 +143,30 @@ def test_subvolumes_that_are_mounted_within(volume: Path, make: Make) -> None:
     assert "/home/unseen/out" in held(rigs[0], 4)
 
 
+def test_what_changes_beneath_a_subvolume_that_is_mounted_within(volume: Path, make: Make) -> None:
+    """Nobody sees it, under paths at which other things changed too."""
+    tree, home = btrfs.subvolume(volume / "tree"), btrfs.subvolume(volume / "home")
+    write(tree / "home/a/file", home / "a/file", home / "b/kept", home / "b/file")
+    (home / "large").write_bytes(os.urandom(700_000))
+    (volume / "aside").mkdir()
+    mount(tree, volume / "aside")
+    mount(home, tree / "home")
+    rigs = [make(way, tree, source=way) for way in ("btrfs", "scan")]
+    for number in range(1, 4):
+        for rig in rigs:
+            rig.sync()
+            assert rig.notes == []
+        assert not difference(rigs[0].contents(number), rigs[1].contents(number))
+        if number == 1:
+            beneath = volume / "aside/home"
+            (beneath / "a").rename(beneath / "b")
+            write(beneath / "new", beneath / "b/kept")
+            with (home / "large").open("r+b") as file:
+                file.seek(300_000)
+                file.write(b"changed" * 1000)
+        (home / "b/file").write_text(f"changed {number}")
+
+
 def test_what_else_is_mounted_within_is_named(volume: Path, make: Make) -> None:
     """It is in no snapshot; a sync that scans the tree itself backs it up."""
     tree, other = btrfs.subvolume(volume / "tree"), volume / "other"

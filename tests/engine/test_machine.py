@@ -165,6 +165,23 @@ class Tree(RuleBasedStateMachine):
                 file.write(random.Random(seed).randbytes(20))
             os.chmod(self.outside, mode)
 
+    @property
+    def hidden(self) -> bytes:
+        """A name in the tree that all of LEFT_OUT but the first leave out."""
+        return self.path([b"a", b"b"])
+
+    @rule(parts=PLACES)
+    def link_hidden(self, parts: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(self.hidden), exist_ok=True)
+            os.link(self.path(parts), self.hidden, follow_symlinks=False)
+
+    @rule(seed=SEEDS, mode=hs.integers(0o400, 0o777))
+    def change_hidden(self, seed: int, mode: int) -> None:
+        self.overwrite([b"a", b"b"], 20, seed, 0)
+        if os.path.isfile(self.hidden) and not os.path.islink(self.hidden):
+            os.chmod(self.hidden, mode)
+
     @rule(a=PLACES, b=PLACES)
     def link(self, a: list[bytes], b: list[bytes]) -> None:
         with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from cloudfs.core.changes import DirScan
 from cloudfs.core.errors import SourceError, UsageError
 from cloudfs.source.filters import Filters
 from cloudfs.source.scan import Scanner
+from tests.engine import btrfs
 from tests.engine.rig import Rig, contents_of_tree, difference
 
 BLOCK = 4096
@@ -153,6 +155,21 @@ def test_a_name_that_came_in_with_its_directory(rig: Rig, tmp_path: Path, *, mov
     check(rig)
     shutil.rmtree(rig.tree / ("elsewhere" if moved else "known"))
     check(rig)
+
+
+def test_a_name_that_came_in_at_two_places(rig: Rig, tmp_path: Path) -> None:
+    """As many as the file has, though it also has one on record."""
+    outside = tmp_path / "outside"
+    for directory in (outside, rig.tree / "known", rig.tree / "one", rig.tree / "two"):
+        directory.mkdir()
+    (rig.tree / "known" / "file").write_text("data")
+    os.link(rig.tree / "known" / "file", outside / "name")
+    check(rig)
+    with contextlib.ExitStack() as stack:
+        for place in ("one", "two"):
+            btrfs.run("mount", "--bind", outside, rig.tree / place)
+            stack.callback(btrfs.run, "umount", rig.tree / place)
+        check(rig)
 
 
 def test_a_renamed_directory_is_a_few_rows(rig: Rig) -> None:

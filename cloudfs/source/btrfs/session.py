@@ -32,7 +32,7 @@ from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.source.btrfs import subvolume
-from cloudfs.source.btrfs.parts import Parts, parts_of
+from cloudfs.source.btrfs.parts import Parts, innermost, parts_of
 from cloudfs.source.btrfs.subvolume import Changed
 from cloudfs.source.ready import Ready, scanned
 from cloudfs.source.roots import HOLDING, root_names
@@ -261,15 +261,7 @@ class BtrfsSource:
         for new in taken.held:
             within_it = within_before.get(new.path, []), within.get(new.path, [])
             below = subvolume.changes(before[new.path].place, new.place, *within_it)
-            found.dirs.extend(
-                DirChange(
-                    _join(new.path, change.path),
-                    _join(new.path, change.old_path or b""),
-                    change.names,
-                    change.ranges,
-                )
-                for change in below.dirs
-            )
+            found.dirs.extend(_seen(below, new.path, live))
         # Again: what was written to one may have waited in memory until it was compared.
         _check_untouched(base.held)
         return found
@@ -413,6 +405,15 @@ def _what_became_of(held: _Held) -> str:
     if now.changed != held.changed or not now.read_only:
         return "was written to"
     return ""
+
+
+def _seen(below: Changelist, path: bytes, subvolumes: Collection[bytes]) -> Iterator[DirChange]:
+    """The changes in one subvolume, with paths below the root. Without those beneath what is
+    mounted in it, which nobody sees: at these paths are others."""
+    for change in below.dirs:
+        now, was = _join(path, change.path), _join(path, change.old_path or b"")
+        if innermost(now, subvolumes) == innermost(was, subvolumes) == path:
+            yield DirChange(now, was, change.names, change.ranges)
 
 
 def _within_each(paths: set[bytes]) -> dict[bytes, list[bytes]]:
