@@ -27,6 +27,7 @@ MINIMAL = 'name = "home"\nsources = ["/srv"]\nrepository = "file:///backup"\n'
 words = st.text(
     st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=12
 )
+file_names = words.filter(lambda word: "/" not in word and word not in (".", ".."))
 
 
 def _is_base(word: str) -> bool:
@@ -59,7 +60,7 @@ policies = st.builds(
     workers=st.integers(0, 1024),
     excludes=st.lists(words, max_size=4).map(tuple),
     exclude_caches=st.booleans(),
-    exclude_if_present=st.lists(words, max_size=2).map(tuple),
+    exclude_if_present=st.lists(file_names, max_size=2).map(tuple),
     one_file_system=st.booleans(),
     tags=st.lists(words, max_size=2).map(tuple),
     upload_limit=st.integers(0, 1 << 40),
@@ -135,6 +136,7 @@ def test_defaults() -> None:
         ('snapshot = "life"', '"life" is no way to find changes; write "auto", "scan", "btrfs"'),
         ('when_full = "fail"', '"fail" is neither "wait" nor "inconsistent"'),
         ('sync_on = "noon"', '"noon" is neither "batch", "write" nor a time'),
+        ('exclude_if_present = ["a/b"]', '"a/b" is no name of a file in a directory'),
         ('sync_on = "0 s"', "a second or more is wanted"),
         ('snapshot = "external"', '"external" needs external_snapshot as well'),
         ('external_changes = "a \'b"', "it is no command (no closing quotation)"),

@@ -151,12 +151,19 @@ class Walk:
         if self._roots.many:
             visits = self._visit_top()
         while visits:
-            visits = self._visit(visits, scan_parts, pieces, quota)
+            while visits:
+                visits = self._visit(visits, scan_parts, pieces, quota)
+            visits = self._settled()
             if not visits:
-                visits = self.diff.settle(self._state.record, self._same_directory)
-                self._moved.update((lin, path) for lin, path, _ in visits)
-        self._look_for_names(scan_parts)
+                self._look_for_names(scan_parts)
+                visits = self._settled()
         self._finish()
+
+    def _settled(self) -> list[Visit]:
+        """Judge which directory is which, as far as was seen; what is to be visited then."""
+        visits = self.diff.settle(self._state.record, self._same_directory)
+        self._moved.update((lin, path) for lin, path, _ in visits)
+        return visits
 
     def _look_for_names(self, scan_parts: ScanParts) -> None:
         """Visit once more the directories that are as they were, and hold a name on record of a
@@ -177,7 +184,7 @@ class Walk:
             path = known.path(lin, self._moved)
             if path is not None and not any(map(is_gone, known.above(lin, self._moved))):
                 found.append((lin, path, 0))
-        # What is known below them was visited already.
+        # What is known below them was visited already; what is new may have come since.
         for _ in self._scanned([ScanPart(found, sys.maxsize, trust=False)], scan_parts):
             pass
 

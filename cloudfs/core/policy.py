@@ -101,6 +101,14 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _file_names(value: object) -> tuple[str, ...]:
+    names = _texts(value)
+    for name in names:
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError(f'"{name}" is no name of a file in a directory')
+    return names
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false is wanted")
@@ -330,7 +338,10 @@ KEYS: dict[str, Key] = {
         "exclude_caches", _flag, _written_flag, "Leave out what CACHEDIR.TAG marks as a cache."
     ),
     "exclude_if_present": Key(
-        "exclude_if_present", _texts, _quoted_list, "Leave out directories holding such a file."
+        "exclude_if_present",
+        _file_names,
+        _quoted_list,
+        "Leave out directories that hold such a file.",
     ),
     "one_file_system": Key(
         "one_file_system", _flag, _written_flag, "Stay out of what is mounted below the sources."

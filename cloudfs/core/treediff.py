@@ -198,13 +198,16 @@ class TreeDiff:
                     visits.append(_visit(old[2], scan, stat))
                 continue
             if old is not None:
-                self.vanished.add(Vanished(scan.lin, old[2], old[1], replaced=True))
+                doubted = old[0] in doubtful
+                self.vanished.add(
+                    Vanished(scan.lin, old[2], old[1], replaced=True, doubtful=doubted)
+                )
                 if stat.is_file and old[1].is_file:
                     changed.bases[index] = old[2]
             appeared = _Appeared(changed, index, stat)
             (self._appeared_dirs if stat.is_dir else self._appeared_files).append(appeared)
-        for _, stat, lin in before.values():
-            self.vanished.add(Vanished(scan.lin, lin, stat))
+        for index, stat, lin in before.values():
+            self.vanished.add(Vanished(scan.lin, lin, stat, doubtful=index in doubtful))
         return visits
 
     def _take_known(
@@ -320,15 +323,13 @@ class TreeDiff:
         if stat.nlink > 1 and key in self._links:
             self._judge_further_name(item, self._links[key])
             return
-        lin = 0
-        for old in self.vanished.with_inode(stat.ino):
-            if old.lin not in self._alive and self._same_file(old.stat, stat):
-                lin = old.lin
-                break
-        if lin:
+        old = self._moved_from(stat)
+        if old is not None:
+            lin = old.lin
             self.tally.moved += 1
             directory.bases[item.index] = lin
-            if not self._stable_inodes:  # then it may be another file that is like it
+            # Where numbers are used again, it may be another file that is like it.
+            if old.doubtful or not self._stable_inodes:
                 directory.scan.ranges.pop(item.index, None)
         else:
             self.tally.new += 1
@@ -337,6 +338,13 @@ class TreeDiff:
         if stat.nlink > 1:
             self._links[key] = lin
         self._place(item, lin)
+
+    def _moved_from(self, stat: Stat) -> Vanished | None:
+        """What vanished and is this file."""
+        for old in self.vanished.with_inode(stat.ino):
+            if old.lin not in self._alive and self._same_file(old.stat, stat):
+                return old
+        return None
 
     def _judge_further_name(self, item: _Appeared, lin: int) -> None:
         """A name that appeared, of a file that was seen under another one.
@@ -365,6 +373,7 @@ class TreeDiff:
     @staticmethod
     def _result(changed: _Changed) -> tuple[DirTask | None, int, DirRecord]:
         scan, runs = changed.scan, collapse(changed.lins)
+        assert all(first for first, _ in runs), "all is judged"
         items, names = sorted(changed.items), sorted(changed.names)
         chosen = set(items)
         bases = {index: lin for index, lin in changed.bases.items() if index in chosen}

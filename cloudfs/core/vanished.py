@@ -27,6 +27,7 @@ class Vanished:
     stat: Stat
     replaced: bool = False  # another item has the name now
     with_parent: bool = False  # it went with the directory it was in
+    doubtful: bool = False  # it may be another than on record, whatever lstat says
 
 
 class VanishedItems:
@@ -80,8 +81,11 @@ class VanishedItems:
         self._unopened = []
         for lin in fresh:
             record = lookup(lin)
-            for _, stat, child in record.by_name().values() if record is not None else ():
-                self.add(Vanished(lin, child, stat, with_parent=True))
+            if record is None:
+                continue
+            doubtful = set(record.doubtful)
+            for index, stat, child in record.by_name().values():
+                self.add(Vanished(lin, child, stat, with_parent=True, doubtful=index in doubtful))
         return bool(fresh)
 
     def is_gone(self, lin: int) -> bool:

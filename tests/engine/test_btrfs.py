@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
+from cloudfs.backup.files import FileReader
 from cloudfs.backup.job import SyncResult
 from cloudfs.source.btrfs import session
 from cloudfs.source.btrfs.subvolume import ROOT_INODE
@@ -188,6 +190,33 @@ def test_a_further_name_in_a_directory_that_was_left_out(rig: Rig) -> None:
     rig.sync()
     assert not rig.notes
     assert not difference(rig.contents(2), contents_of_tree(rig.tree))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_file_that_could_not_be_read_and_then_moved(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, *, left: bool
+) -> None:
+    """What the second sync is told of begins after what the first one could not read."""
+    path = rig.tree / "above/file"
+    path.parent.mkdir()
+    path.write_bytes(os.urandom(400_000))
+    rig.sync()
+    with path.open("r+b") as file:
+        file.write(b"changed")
+    with monkeypatch.context() as patch:
+
+        def fail(*_arguments: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr(FileReader, "_file", fail)
+        assert [path for path, _ in rig.sync().unreadable] == [b"above/file"]
+    path.rename(rig.tree / "moved")
+    if left:
+        path.parent.rmdir()
+    rig.sync()
+    assert not rig.notes
+    number = rig.history().snapshots[-1].number
+    assert not difference(rig.contents(number), contents_of_tree(rig.tree))
 
 
 def test_a_file_of_several_names_that_changed_under_a_new_one_beside_a_subvolume(rig: Rig) -> None:

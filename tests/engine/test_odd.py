@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cloudfs.backup import dispatch
+from cloudfs.backup.walk import Walk
 from cloudfs.core.changes import DirScan
 from cloudfs.core.errors import SourceError, UsageError
 from cloudfs.source.filters import Filters
@@ -154,6 +155,36 @@ def test_a_name_that_came_in_with_its_directory(rig: Rig, tmp_path: Path, *, mov
         (rig.tree / "known").rename(rig.tree / "elsewhere")
     check(rig)
     shutil.rmtree(rig.tree / ("elsewhere" if moved else "known"))
+    check(rig)
+
+
+def test_what_comes_and_goes_before_a_directory_is_visited_once_more(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the sake of a name in it; a directory that came then is visited, too."""
+    outside, known = tmp_path / "outside", rig.tree / "known"
+    for directory in (outside, known / "old/below"):
+        directory.mkdir(parents=True)
+    (known / "file").write_text("data")
+    os.link(known / "file", outside / "name")
+    check(rig)
+    rig.sync()
+    outside.rename(rig.tree / "inside")
+    look = Walk._look_for_names
+
+    def change_and_look(walk: Walk, *arguments: Any) -> None:
+        if (known / "old").exists():
+            shutil.rmtree(known / "old")
+            (known / "new/below").mkdir(parents=True)
+            (known / "new/below/file").write_text("new")
+        look(walk, *arguments)
+
+    monkeypatch.setattr(Walk, "_look_for_names", change_and_look)
+    result = rig.sync()
+    assert result.snapshot is not None
+    found = rig.contents(result.snapshot.number)
+    assert found[b"/known/new/below/file"][-1] == b"new"  # type: ignore[index]
+    assert b"/known/old" not in found
     check(rig)
 
 
