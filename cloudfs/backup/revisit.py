@@ -285,13 +285,14 @@ class Revisit(Walk):
         return self._same_top(lin, path) and super()._same_directory(lin, path)
 
     def _same_top(self, lin: int, path: bytes) -> bool:
-        """Whether a path is below the same top as the directory on record was. (Which file systems
-        are where is as it was, or there would be no changelist.)"""
+        """Whether the inode number of what is at a path says that it is the directory on record, by
+        where that was. (Which file systems are where is as it was, or there would be no
+        changelist.)"""
         tops = self._changes.tops
-        if len(tops) < 2:
+        if len(set(tops.values())) < 2:
             return True
         was = self._known_names.path(lin, {})
-        return was is not None and _top_of(tops, was) == _top_of(tops, path)
+        return was is not None and _side_of(tops, was) == _side_of(tops, path)
 
     def _same(self, lin: int, path: bytes) -> bool:
         """Whether the directory on record stands at a path; asked of each once."""
@@ -332,10 +333,10 @@ class Revisit(Walk):
                 visits.extend((at, path + b"/" + name, 0) for name, at in below)
 
 
-def _top_of(tops: list[bytes], path: bytes) -> bytes:
-    """The deepest of ``tops`` that a path is at or below."""
+def _side_of(tops: dict[bytes, int], path: bytes) -> int | None:
+    """What the deepest of ``tops`` that a path is at or below has."""
     above = (top for top in tops if (path + b"/").startswith(top and top + b"/"))
-    return max(above, key=len, default=b"")
+    return tops.get(max(above, key=len, default=b""))
 
 
 def _either(lin: int, todo: dict[int, DirChange], further: dict[int, DirChange]) -> DirChange:

@@ -48,8 +48,9 @@ class Changelist:
     even where lstat says that nothing changed. ``looks`` are further inode numbers, of files that
     may be others though nothing was told of them: then lstat says so. ``elsewhere`` are inode
     numbers of directories in which something changed, and which were not in the tree when they were
-    looked for. ``tops`` are the paths at which the file systems of the tree are reached, where
-    there may be several: numbers below one say nothing of what is below another.
+    looked for. ``tops`` are the paths at which parts of file systems are reached, where there may
+    be several, and a number for each: inode numbers below one say nothing of what is below another,
+    but where both have the same.
     """
 
     dirs: list[DirChange] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Changelist:
     reread: bool = False
     looks: set[int] = field(default_factory=set)
     elsewhere: set[int] = field(default_factory=set)
-    tops: list[bytes] = field(default_factory=list)
+    tops: dict[bytes, int] = field(default_factory=dict)
 
     @property
     def names(self) -> int:

@@ -40,6 +40,14 @@ def mounts(pid: str = "self") -> list[Mount]:
     return found
 
 
+def mount_at(fd: int, all_mounts: list[Mount]) -> Mount | None:
+    """The mount that an open item is on; None where it is not listed: only those are that the root
+    directory leads to, and not the one that it lies within, as in a chroot."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+    return next((mount for mount in all_mounts if mount.number == number), None)
+
+
 def within(top: bytes, all_mounts: list[Mount]) -> list[Mount]:
     """What is mounted below a directory; of several in one place the last, which hides the rest."""
     prefix = top.rstrip(b"/") + b"/"

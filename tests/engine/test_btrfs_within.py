@@ -143,6 +143,22 @@ def test_subvolumes_that_are_mounted_within(volume: Path, make: Make) -> None:
     assert "/home/unseen/out" in held(rigs[0], 4)
 
 
+def test_a_mount_that_is_hidden_above_a_source(volume: Path, make: Make) -> None:
+    """It says nothing of what is mounted within."""
+    tree, home = btrfs.subvolume(volume / "tree"), btrfs.subvolume(volume / "home")
+    place, beneath = volume / "place", volume / "beneath"
+    for directory in (tree / "home", place / "tree", beneath):
+        directory.mkdir(parents=True)
+    write(home / "file")
+    mount(beneath, place / "tree")
+    mount(volume, place)
+    mount(home, place / "tree/home")
+    rig = make("btrfs", place / "tree")
+    rig.sync()
+    assert held(rig, 1) == {"/home", "/home/file"}
+    btrfs.run("umount", "-l", place)
+
+
 def test_what_changes_beneath_a_subvolume_that_is_mounted_within(volume: Path, make: Make) -> None:
     """Nobody sees it, under paths at which other things changed too."""
     tree, home = btrfs.subvolume(volume / "tree"), btrfs.subvolume(volume / "home")

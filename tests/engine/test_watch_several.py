@@ -118,6 +118,27 @@ def test_a_directory_renamed_in_a_source_within_another(nested_sources: Watched)
     check_both(rig)
 
 
+def test_a_directory_that_moves_between_two_sources(local_volume: Path) -> None:
+    """It is the same, as both are on one file system."""
+    base = Path(tempfile.mkdtemp(dir=local_volume))
+    sources = [base / "first", base / "second"]
+    (sources[0] / "directory/below").mkdir(parents=True)
+    sources[1].mkdir()
+    (sources[0] / "directory/below/file").write_text("text")
+    rig = Watched(base, sources=sources)
+    try:
+        rig.start()
+        settle(rig)
+        (sources[0] / "directory").rename(sources[1] / "renamed")
+        check_both(rig)
+        stats = rig.history().snapshots[-1].stats
+        assert (stats.new, stats.moved, stats.bytes_read) == (0, 1, 0)
+    finally:
+        rig.kill()
+        rig.repository.local.close()
+        shutil.rmtree(base)
+
+
 def test_directories_of_one_number_on_two_file_systems(base: Path) -> None:
     """Copies of one image: directories of the same number and birth time, in both of which the
     same is done."""

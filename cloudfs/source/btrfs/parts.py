@@ -10,8 +10,9 @@ import os
 from collections.abc import Collection
 from typing import NamedTuple
 
+from cloudfs.core.errors import SourceError
 from cloudfs.source.btrfs import subvolume
-from cloudfs.source.mounts import mounts, seen_within, within
+from cloudfs.source.mounts import mount_at, mounts, seen_within, within
 from cloudfs.source.own import is_live, is_view
 
 
@@ -48,10 +49,16 @@ def _mounted_in(source: bytes) -> tuple[int | None, dict[bytes, int]]:
     what is mounted in it, by path below; as the list of mounts has them, where all subvolumes of a
     file system have the same. Without the mounts of cloudfs itself: what they show is in the
     snapshot, or is backups."""
-    top, seen = os.path.realpath(source), mounts()
+    try:
+        fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"{os.fsdecode(source)}: {error.strerror}.") from None
+    try:
+        top, seen = os.readlink(b"/proc/self/fd/%d" % fd), mounts()
+        own = mount_at(fd, seen)
+    finally:
+        os.close(fd)
     prefix = top.rstrip(b"/") + b"/"
-    around = [mount for mount in seen if prefix.startswith(mount.place.rstrip(b"/") + b"/")]
-    own = max(reversed(around), key=lambda mount: len(mount.place), default=None)
     found = within(top, seen) if own is None else seen_within(top, own.number, seen)
     below = [mount for mount in found if not (is_view(mount) or is_live(mount))]
     device = own.device if own is not None else None

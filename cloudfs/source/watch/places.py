@@ -16,7 +16,7 @@ import xxhash
 from cloudfs.core.errors import SourceError
 from cloudfs.source.filters import Filters, Matcher
 from cloudfs.source.inode import StatReader, mount_of
-from cloudfs.source.mounts import Mount, mounts, seen_within
+from cloudfs.source.mounts import Mount, mount_at, mounts, seen_within
 from cloudfs.source.own import is_view
 from cloudfs.source.roots import root_names
 
@@ -165,10 +165,8 @@ def _fsid(fd: int) -> bytes:
 
 
 def _mount_of(source: bytes, fd: int, all_mounts: list[Mount]) -> Mount:
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
-    for mount in all_mounts:
-        if mount.number == number:
-            return mount
-    # Only mounts that the root directory leads to are listed, and not the one that it lies within.
-    raise SourceError(f"the mount that {os.fsdecode(source)} is on is not listed, as in a chroot.")
+    found = mount_at(fd, all_mounts)
+    if found is None:
+        shown = os.fsdecode(source)
+        raise SourceError(f"the mount that {shown} is on is not listed, as in a chroot.")
+    return found

@@ -137,8 +137,23 @@ class Resolver:
             dict.fromkeys(self._inodes),
             reread=True,
             elsewhere=self._elsewhere,
-            tops=[part.below for part in self._parts],
+            tops=_sides(self._parts),
         )
+
+
+def _sides(parts: list[Part]) -> dict[bytes, int]:
+    """By the path of each part, a number that it shares with those of its file system, as long as
+    none of them shows what another one does."""
+    found: dict[bytes, int] = {}
+    for number, part in enumerate(parts):
+        beside = [at for at, other in enumerate(parts) if other.device == part.device]
+        shown = any(at != number and _overlap(part, parts[at]) for at in beside)
+        found[part.below] = number if shown else min(beside)
+    return found
+
+
+def _overlap(one: Part, other: Part) -> bool:
+    return one.holds(other.inside) or other.holds(one.inside)
 
 
 def _opened(top: int, part: Part, handle: bytes) -> int | None:
