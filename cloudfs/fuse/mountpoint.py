@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 
 from cloudfs.core.errors import CloudfsError, UsageError
+from cloudfs.source.inode import mount_of
 from cloudfs.source.mounts import Mount
 from cloudfs.source.mounts import mounts as all_mounts
 from cloudfs.source.own import LIVE_SUBTYPE, SUBTYPE
@@ -87,6 +88,16 @@ def device_of(mountpoint: str) -> str | None:
         if os.fsdecode(mount.place) == mountpoint:
             return _device(mount)
     return None
+
+
+def identity_of(mountpoint: str) -> str:
+    """By what the mount at an absolute path is known from all that come later: its device, which is
+    given again, and a number that is not (0 where the kernel knows none). Without asking it."""
+    fd = os.open(mountpoint, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return f"{device_of(mountpoint)} {mount_of(fd)}"
+    finally:
+        os.close(fd)
 
 
 def check(mountpoint: str) -> str:

@@ -75,7 +75,8 @@ def settle_mapped(device: int) -> None:
     """
     settled: set[bytes] = set()
     for pid, maps in _all_maps():
-        for span, major, minor, inode in _SHARED.findall(maps):
+        # What was written stays dirty in one that may only be read by now.
+        for span, major, minor, inode in _SHARED.findall(maps) + _SHARED_TO_READ.findall(maps):
             if inode in settled or os.makedev(int(major, 16), int(minor, 16)) != device:
                 continue
             with contextlib.suppress(OSError):  # unmapped since

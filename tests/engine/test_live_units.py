@@ -299,15 +299,15 @@ class Freezing(RuleBasedStateMachine):
         self.tree.write(opened, offset, bytes([byte]) * size)
         self.tree.files.close(opened)
 
-    def keep(self, inode: Inode, start: int, end: int) -> None:
+    def keep(self, inode: Inode, start: int, end: int, *, cut: bool = False) -> None:
         while start < end:
-            start = self.tree.keep(inode, start, end)
+            start = self.tree.keep(inode, start, end, cut=cut)
 
     @rule(above=NAMES, name=NAMES, size=OFFSETS)
     def cut(self, above: bytes, name: bytes, size: int) -> None:
         inode = self.inode(above + b"/" + name) or self.inode(name)
         if inode is not None and inode.is_file:
-            self.keep(inode, size, os.fstat(inode.fd).st_size)
+            self.keep(inode, size, os.fstat(inode.fd).st_size, cut=True)
             self.tree.set_attributes(inode, -1, Wanted(size=size, mode=0o600), ME)
             self.tree.set_xattr(inode, b"trusted.x", b"%d" % size, ME)
 

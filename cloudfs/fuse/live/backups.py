@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import stat as st
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from cloudfs.fuse.turns import Turns
 from cloudfs.fuse.view import View
 from cloudfs.repo.view import SnapshotView
 from cloudfs.source.own import MADE_UP
+from cloudfs.source.whereabouts import path_below
 
 VIEWED = 1 << 62
 _LATEST_BIT = 1 << 48
@@ -81,8 +81,10 @@ class Backups:
 
     def path(self, number: int) -> bytes:
         """Where the directory is now that something made up is in, below the top."""
-        path = os.readlink(self._inodes.get(number & MASK).proc)
-        return b"" if path == self._top else path[len(self._top.rstrip(b"/")) + 1 :]
+        found = path_below(self._top, self._inodes.get(number & MASK).fd)
+        if found is None:
+            raise FUSEError(errno.ENOENT)
+        return found
 
     async def names(self, path: bytes) -> list[tuple[bytes, int]]:
         """The names in ``.snapshot`` of the directory at a path, oldest first, and the inodes that

@@ -20,8 +20,9 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 import pyfuse3
@@ -51,8 +52,8 @@ from cloudfs.source.live.touched import Touched
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 64
-"""Directories that are told before others have their turn."""
+AT_ONCE = 100
+"""Names that are told before others have their turn."""
 
 Range = tuple[int, int]
 
@@ -183,14 +184,16 @@ class Control:
     async def changes(self, frozen: FrozenTree, epoch: int) -> AsyncIterator[Change]:
         """Rules 3 and 4."""
         teller = _Teller(frozen, self._tracker.marks_through(epoch))
-        lost = ""
+        lost, count = "", 0
         try:
-            for count, number in enumerate(teller.directories()):
+            for number in teller.directories():
                 for change in teller.directory(number):
                     yield change
-                self._tree.inodes.trim()
-                if count % AT_ONCE == 0:
-                    await trio.lowlevel.checkpoint()
+                    self._tree.inodes.trim()
+                    count += len(change.names) if isinstance(change, Directory) else 0
+                    if count >= AT_ONCE:
+                        count = 0
+                        await trio.lowlevel.checkpoint()
         except (OSError, SourceError) as error:
             lost = f"what changed can no longer be found ({error})"
         for item in teller.items():
@@ -209,22 +212,23 @@ class _Teller:
     def directories(self) -> list[int]:
         return list(self._marks.names)
 
-    def directory(self, number: int) -> list[Change]:
-        """One directory with its names, and its own name in the one above, as its times changed."""
+    def directory(self, number: int) -> Iterator[Change]:
+        """One directory with its names, some at a time, and its own name in the one above, as its
+        times changed."""
         frozen = self._frozen
         inode = frozen.by_handle(number, self._marks.where.get(number, b""))
         if inode is None or not inode.is_dir:
-            return []
+            return
         inode.uses += 1
         try:
             path = frozen.path(inode, self._paths)
             if path is None:
-                return []
-            names = [(name, self._ranges(inode, name)) for name in self._marks.names[number]]
-            found: list[Change] = [Directory(path, inode.shown, names)]
+                return
+            names = iter(self._marks.names[number])
+            while some := [(name, self._ranges(inode, name)) for name in islice(names, AT_ONCE)]:
+                yield Directory(path, inode.shown, some)
             if path:
-                found.append(Item(inode.shown, []))
-            return found
+                yield Item(inode.shown, [])
         finally:
             inode.uses -= 1
             frozen.release(inode)
@@ -238,11 +242,13 @@ class _Teller:
         self._frozen.release(child)
         return self._told(blocks) if blocks is not None else []
 
-    def items(self) -> list[Item]:
+    def items(self) -> Iterator[Item]:
         """All items that are known by number alone. (The top is looked at by every sync.)"""
         marks = self._marks
-        found = [Item(number, self._told(blocks)) for number, blocks in marks.blocks.items()]
-        return found + [Item(number, []) for number in marks.items - marks.blocks.keys()]
+        for number, blocks in marks.blocks.items():
+            yield Item(number, self._told(blocks))
+        for number in marks.items - marks.blocks.keys():
+            yield Item(number, [])
 
     def _told(self, blocks: Blocks) -> list[Range]:
         return [(start, min(end, NEVER)) for start, end in blocks.ranges(self._frozen.block_size)]
@@ -267,7 +273,8 @@ class _Connection:
 
     async def _answer(self, question: Question) -> None:
         control, error = self._control, ""
-        if question.ask == "freeze" and self._freeze is None:
+        if question.ask == "freeze":
+            self._thaw()
             try:
                 self._frozen_ns = time.time_ns()
                 self._freeze, self._frozen, self._epoch = control.freeze(marked=question.marked)

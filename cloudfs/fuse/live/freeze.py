@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 import trio
 
+from cloudfs.core.marks import NEVER
 from cloudfs.db.marked import Marks
 from cloudfs.fuse.live.inodes import Inode, Inodes
 from cloudfs.source.inode import read_xattrs
@@ -139,7 +141,7 @@ class Freeze:
         self._kept_bytes += ROW_BYTES
 
     def lose(self, inode: Inode) -> None:
-        """An item is about to lose its last name."""
+        """An item has lost its last name."""
         if not self.given_up and self.holds(inode):
             self._gone.append(inode)
             if len(self._gone) > self._most_gone:
@@ -169,6 +171,18 @@ class Freeze:
         wants = self._wants(inode)
         chunks = range(start // CHUNK, (end - 1) // CHUNK + 1)
         return [chunk for chunk in chunks if chunk not in kept and wants(chunk)]
+
+    def next_data(self, inode: Inode, start: int) -> tuple[int, int]:
+        """The first bytes of a file from ``start`` on that are none of its holes: of these, what is
+        cut off need not be kept. Without any, they begin where no file ends."""
+        if not self.holds(inode) or self.given_up or not inode.is_file:
+            return start, NEVER
+        try:
+            reader = self._reader(inode)
+            first = os.lseek(reader, start, os.SEEK_DATA)
+            return first, os.lseek(reader, first, os.SEEK_HOLE)
+        except OSError as error:
+            return (NEVER, NEVER) if error.errno == errno.ENXIO else (start, NEVER)
 
     def size_of(self, inode: Inode) -> int:
         """Up to where a file can have anything to be kept."""
@@ -261,11 +275,11 @@ class Freeze:
         end = min(start + size, self.status(inode).st_size)
         if start >= end:
             return b""
-        data = os.pread(fd, end - start, start)
+        data = os.pread(fd, end - start, start).ljust(end - start, b"\0")  # holes may be cut off
         kept = self._chunks.get(inode.number)
         if not kept:
             return data
-        found = bytearray(data.ljust(end - start, b"\0"))
+        found = bytearray(data)
         for chunk in range(start // CHUNK, (end - 1) // CHUNK + 1):
             at = kept.get(chunk)
             if at is not None:

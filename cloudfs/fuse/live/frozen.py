@@ -22,6 +22,7 @@ from cloudfs.fuse.live.inodes import MASK, ROOT, Inode, Inodes
 from cloudfs.source.inode import StatReader, data_extents, read_flags
 from cloudfs.source.live.protocol import EXTENTS_ATTRIBUTE, STATUS_ATTRIBUTE, MoreStatus
 from cloudfs.source.own import SNAPSHOTS, own_mounts, shows_backups
+from cloudfs.source.whereabouts import own_name
 
 NUMBER_BITS = 48
 _FREEZES = 1 << 12
@@ -205,7 +206,7 @@ class FrozenTree:
         self._inodes.opened(directory)
         if not self.freeze.holds(directory) or not os.fstat(directory.fd).st_nlink:
             return None
-        name = os.readlink(directory.proc).rpartition(b"/")[2]
+        name = own_name(directory.fd)
         above = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
         parent, _ = self._inodes.take(above)
         if parent is directory or not name:

@@ -23,14 +23,15 @@ class Keeper:
         self._turns = turns
         self._waiting = 0
 
-    async def keep(self, inode: Inode, start: int, end: int) -> None:
-        """Keep what is needed of some bytes; when this returns they may change at once."""
+    async def keep(self, inode: Inode, start: int, end: int, *, cut: bool = False) -> None:
+        """Keep what is needed of some bytes; when this returns they may change at once. ``cut``:
+        by being cut off."""
         frozen_by, at = self._tree.freeze, start
         while (freeze := self._tree.freeze) is not None and at < end:
             if freeze is not frozen_by:
                 frozen_by, at = freeze, start
             try:
-                at = self._tree.keep(inode, at, end)
+                at = self._tree.keep(inode, at, end, cut=cut)
             except Full:
                 await self._wait_for_end(freeze)
                 continue

@@ -88,7 +88,7 @@ class LiveSide:
         item = self._inodes.get(inode)
         with self._inodes.using(item):
             if flags & os.O_TRUNC:
-                await self.keeper.keep(item, 0, os.fstat(item.fd).st_size)
+                await self.keeper.keep(item, 0, os.fstat(item.fd).st_size, cut=True)
             return LiveFile(self, self.tree.open(item, flags, by(ctx)))
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:

@@ -116,7 +116,8 @@ class LiveMount(pyfuse3.Operations):
         opened = self._handles.get(fh) if fh is not None else None
         with self._inodes.using(item):
             if wanted.size is not None:
-                await self._live.keeper.keep(item, wanted.size, os.fstat(item.fd).st_size)
+                size = os.fstat(item.fd).st_size
+                await self._live.keeper.keep(item, wanted.size, size, cut=True)
             fd = self._tree.files.fd(opened.file) if isinstance(opened, LiveFile) else -1
             status = self._tree.set_attributes(item, fd, wanted, by(ctx))
         return self._live.attributes(item, status)

@@ -72,17 +72,13 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         host.enter()
     marks = MarkedSet(directory / MARKS)
     listener, directory_fd = _listen(directory)
-    os.umask(0)
-    os.setgroups([])  # whoever asks is in none of them: see By.keeps_setgid
+    _stand_for_others()
     limit = limits.raise_file_limit()
     inodes = Inodes(source_fd, limit // 2)
     files = OpenFiles(inodes, limit - min(SPARE_FILES, limit // 4))
     tracker = Tracker(marks, job.block_size)
     tree = LiveTree(inodes, files, tracker if job.tracking else None)
-    backups = None
-    if job.backups is not None:
-        backups = Backups(job.backups, inodes, os.fsencode(job.source))
-    mount = LiveMount(tree, backups)
+    mount = LiveMount(tree, _backups(job, inodes))
     control = Control(
         mount,
         tree,
@@ -93,18 +89,22 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     )
     place = _beside(directory) if covered else job.mountpoint
     is_useless = _uselessness(job)  # before there is a mount that looking there could lead to
+    if not covered:  # till now the tree could be changed by anybody
+        tracker.disown()
     init(mount, place, _options(job, source_fd))
     device = places.device_of(place) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
         if covered and not calls.replace_mount(place, job.mountpoint):
             covered = ""
+        own = places.identity_of(job.mountpoint)
         calls.leave_mount(job.mountpoint, is_useless)
         inodes.enter(_open_source(job.source))
-        tracker.begin(boot_id(), _identity(inodes.root.fd), device, covered)
+        tracker.begin(boot_id(), _identity(inodes.root.fd), own, covered)
         if not job.tracking:
             tracker.lost[0] = "changes are not noted (--no-tracking)"
         trio.run(_run, mount, control, listener, device, ready)
+        tracker.disown()
     finally:
         host.enter()
         if places.device_of(job.mountpoint) == device:
@@ -114,6 +114,17 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         marks.close()
         os.close(source_lock)
         os.close(lock)
+
+
+def _stand_for_others() -> None:
+    """Let this process have nothing of its own that would count for whoever asks."""
+    os.umask(0)
+    os.setgroups([])  # see By.keeps_setgid
+
+
+def _backups(job: LiveJob, inodes: Inodes) -> Backups | None:
+    given = job.backups
+    return None if given is None else Backups(given, inodes, os.fsencode(job.source))
 
 
 def _options(job: LiveJob, source_fd: int) -> set[str]:
@@ -225,8 +236,8 @@ def _lock_source(job: LiveJob) -> int:
 
 
 def _dead(mountpoint: str) -> str:
-    """The device of a live mount that stands there and whose process is gone; "" for none. Raises
-    UsageError where something else is mounted."""
+    """The live mount that stands there and whose process is gone, as :func:`places.identity_of` has
+    it; "" for none. Raises UsageError where something else is mounted."""
     found = [mounted for mounted in places.mounts() if mounted.mountpoint == mountpoint]
     if not found:
         return ""
@@ -234,7 +245,7 @@ def _dead(mountpoint: str) -> str:
         raise UsageError(
             f"{mountpoint}: something is mounted there already; `cloudfs umount` takes it away."
         )
-    return found[-1].device
+    return places.identity_of(mountpoint)
 
 
 def _beside(directory: Path) -> str:

@@ -6,7 +6,8 @@
    and all up to that epoch is forgotten; if it fails, the next sync gets that epoch too.
 3. Marks count from the *base* on, the last snapshot that was confirmed. They are believed by a
    mount that is started anew if it takes the place of one that died in this boot and still stood
-   where it was, so that nobody could go past it. Else there is no base, and the next sync scans.
+   where it was, so that nobody could go past it. Else there is no base, and the next sync scans:
+   marks are disowned when a mount ends, and before one begins that replaces none.
 4. What cannot be marked (the disk is full, the state is gone) is never an error to who writes: the
    epoch is *lost*, and the next sync scans and says why. Where not even that can be written down,
    what is on disk is no longer called complete, and no other process believes it.
@@ -47,7 +48,7 @@ class State(msgspec.Struct, frozen=True):
 
     boot: str
     identity: str  # of the source
-    device: str  # of the mount
+    mount: str  # by which it is known from all others; "": it has ended
     base: Base | None
     first: int
     epoch: int
@@ -84,15 +85,22 @@ class Tracker:
 
     # -- beginning -----------------------------------------------------------------------------
 
-    def begin(self, boot: str, identity: str, device: str, covered: str) -> None:
+    def disown(self) -> None:
+        """No mount that comes is to believe what is there. Raises OSError."""
+        state = self._saved()
+        if state is not None:
+            ended = msgspec.structs.replace(state, mount="")
+            self._kept.save_state(msgspec.msgpack.encode(ended))
+
+    def begin(self, boot: str, identity: str, mount: str, covered: str) -> None:
         """Take up what an earlier mount left, where rule 3 allows it.
 
-        ``covered``: the device of the dead mount that this one replaced; "" for none.
+        ``covered``: the dead mount that this one, ``mount``, replaced; "" for none.
         """
         state = self._saved()
-        self._identity = (boot, identity, device)
+        self._identity = (boot, identity, mount)
         known = state is not None and (state.boot, state.identity) == (boot, identity)
-        if state is not None and known and covered and state.device == covered:
+        if state is not None and known and covered and state.mount == covered:
             self.base, self.first, self.epoch = state.base, state.first, state.epoch + 1
             self.lost = {state.epoch: state.lost} if state.lost else {}
             if not self._kept.complete:
@@ -114,9 +122,9 @@ class Tracker:
 
     def save(self) -> None:
         """Keep what is believed."""
-        boot, identity, device = self._identity
+        boot, identity, mount = self._identity
         lost = next(iter(self.lost.values()), "")
-        state = State(boot, identity, device, self.base, self.first, self.epoch, lost)
+        state = State(boot, identity, mount, self.base, self.first, self.epoch, lost)
         with self._or_lost():
             self._kept.save_state(msgspec.msgpack.encode(state))
             if not self._complete:

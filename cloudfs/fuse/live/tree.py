@@ -55,8 +55,9 @@ class LiveTree:
 
     # -- before a change -----------------------------------------------------------------------
 
-    def keep(self, inode: Inode, start: int, end: int) -> int:
-        """Keep what a freeze needs of these bytes, some of it at a time.
+    def keep(self, inode: Inode, start: int, end: int, *, cut: bool) -> int:
+        """Keep what a freeze needs of these bytes, some of it at a time. ``cut``: they are to be
+        cut off.
 
         Returns from where on there is more to do; ``end`` or more: nothing. Raises Full.
         """
@@ -64,7 +65,10 @@ class LiveTree:
         if freeze is None:
             return end
         self.inodes.opened(inode)
-        until = min(end, start + AT_ONCE * CHUNK)
+        data_end = end
+        if cut:
+            start, data_end = freeze.next_data(inode, start)
+        until = min(end, data_end, start + AT_ONCE * CHUNK)
         missing = freeze.missing(inode, start, until)
         if missing:
             freeze.keep_chunks(inode, missing)
@@ -167,12 +171,17 @@ class LiveTree:
             self._name(parent, name, child)
             if child is not None:
                 self._item(child, marked=not _is_last_name(child))
-                self._lose(child)
-            yield
+            with self._losing(child):
+                yield
 
-    def _lose(self, child: Inode) -> None:
-        """A name of an item is about to go."""
-        if self.freeze is not None and _is_last_name(child):
+    @contextlib.contextmanager
+    def _losing(self, child: Inode | None) -> Iterator[None]:
+        """A name of an item is about to go; if it goes, it may have been the last."""
+        is_last = self.freeze is not None and child is not None and _is_last_name(child)
+        yield
+        if is_last:
+            assert self.freeze is not None
+            assert child is not None
             self.freeze.lose(child)
 
     @contextlib.contextmanager
@@ -205,9 +214,8 @@ class LiveTree:
                     self._item(inode)
                     if inode.is_dir and self.freeze is not None:
                         self.freeze.moved_directory()
-            if replaced is not None and not flags & RENAME_EXCHANGE:
-                self._lose(replaced)
-            with self._caller.acting(by):
+            losing = None if flags & RENAME_EXCHANGE else replaced
+            with self._losing(losing), self._caller.acting(by):
                 calls.rename(old_parent.fd, old, new_parent.fd, new, flags)
 
     # -- items ---------------------------------------------------------------------------------
@@ -265,7 +273,13 @@ class LiveTree:
         if cut:
             self._cut(inode, 0)
         with self._caller.acting(by):
-            fd = os.open(inode.proc, passed | cut)
+            try:
+                fd = os.open(inode.proc, passed | cut)
+            except PermissionError:
+                if not flags & os.O_APPEND:
+                    raise
+                passed |= os.O_APPEND  # it may be that it can only be appended to (chattr +a)
+                fd = os.open(inode.proc, passed | cut)
         return self.files.add(inode, fd, passed, by)
 
     def write(self, opened: OpenFile, offset: int, data: bytes) -> int:

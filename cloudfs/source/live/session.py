@@ -79,15 +79,18 @@ class LiveSource:
         flush(before.mountpoint)
         marked = not whole and not _reason(before, base)
         answer = line.ask(Question("freeze", marked=marked))
+        changes, reason = None, _reason(answer, base)
+        if not reason:
+            changes, reason = _changelist(line)
+        if reason and marked:  # of all else than what was marked, nothing was kept
+            answer = line.ask(Question("freeze", marked=False))
         top = before.mountpoint.rstrip(b"/") + b"/" + FROZEN_PREFIX + b"%d" % answer.frozen
         found = Ready("live", [top], frozen_ns=answer.frozen_ns, through_mount=True)
         process = b"/proc/%d/fd/" % answer.pid
         found.beneath = BeneathPlaces(
             process + b"%d" % answer.top_fd, process + b"%d" % answer.touched_fd
         )
-        reason = _reason(answer, base)
-        if not reason:
-            found.changes, reason = _changelist(line)
+        found.changes = changes
         if reason:
             found.kind = "scan"
             if base.snapshot:
@@ -128,9 +131,16 @@ def _changelist(line: Line) -> tuple[Changelist | None, str]:
         if isinstance(change, End):
             return (None, change.lost) if change.lost else (found, "")
         if isinstance(change, Directory):
-            ranges = {name: list(told) for name, told in change.names if told}
+            ranges = {name: list(others) for name, others in change.names if others}
             names = {name for name, _ in change.names}
-            found.dirs.append(DirChange(change.path, None, names, ranges, inode=change.inode))
+            told = DirChange(change.path, None, names, ranges, inode=change.inode)
+            if found.dirs and (found.dirs[-1].path, found.dirs[-1].inode) == (
+                told.path,
+                told.inode,
+            ):
+                found.dirs[-1].join(told)
+            else:
+                found.dirs.append(told)
         else:
             known = found.inodes.get(change.inode) or []
             found.inodes[change.inode] = merged([*known, *change.ranges])

@@ -12,8 +12,9 @@ from cloudfs.core.changelist import Changelist, DirChange
 from cloudfs.core.errors import SourceError
 from cloudfs.db.watched import Place
 from cloudfs.source.handles import open_handle
-from cloudfs.source.inode import DIRECTORY_FLAGS, open_directory
+from cloudfs.source.inode import open_directory
 from cloudfs.source.watch.places import Place as Part
+from cloudfs.source.whereabouts import path_below
 
 TRIES = 5
 
@@ -91,7 +92,7 @@ class Resolver:
         try:
             for _ in range(TRIES):  # it may be moved between any two of these steps
                 here = os.fstat(fd)
-                below = _below(part.path, fd)
+                below = path_below(part.path, fd)
                 if here.st_nlink == 0:
                     return None
                 if below is None:
@@ -168,64 +169,6 @@ def _opened(top: int, part: Part, handle: bytes) -> int | None:
 
 def _cannot(part: Part, error: OSError) -> SourceError:
     return SourceError(f"{os.fsdecode(part.path)}: {(error.strerror or '').lower()}")
-
-
-def _below(top: bytes, fd: int) -> bytes | None:
-    """The path of an open directory below another, as the kernel tells; None where it is not."""
-    path = _told(fd)
-    return _under(top, path) if path is not None else _far_below(top, fd)
-
-
-def _far_below(top: bytes, fd: int) -> bytes | None:
-    """The same where it is too deep for that. The kernel tells the path of a directory above, and
-    from there on the names are found by inode number."""
-    at, way = os.open(b".", DIRECTORY_FLAGS, dir_fd=fd), []
-    try:
-        while (path := _told(at)) is None:
-            way.append(os.fstat(at).st_ino)
-            at = _onward(at, b"..")
-        found = _under(top, path)
-        while way and found is not None:
-            name = _name_of(at, way.pop())
-            at = _onward(at, name)
-            found = found + b"/" + name if found else name
-        return found
-    except (FileNotFoundError, NotADirectoryError):
-        return None  # it is moved meanwhile, or not within what is mounted at the place
-    finally:
-        os.close(at)
-
-
-def _told(fd: int) -> bytes | None:
-    """The path of an open directory; None where it is longer than the kernel tells."""
-    try:
-        return os.readlink(b"/proc/self/fd/%d" % fd)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return None
-
-
-def _under(top: bytes, path: bytes) -> bytes | None:
-    if path == top:
-        return b""
-    prefix = top.rstrip(b"/") + b"/"
-    return path[len(prefix) :] if path.startswith(prefix) else None
-
-
-def _onward(fd: int, name: bytes) -> int:
-    """Another directory in the place of an open one, which is closed."""
-    onward = os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
-    os.close(fd)
-    return onward
-
-
-def _name_of(fd: int, inode: int) -> bytes:
-    with os.scandir(fd) as entries:
-        for entry in entries:
-            if entry.inode() == inode:
-                return os.fsencode(entry.name)
-    raise FileNotFoundError(errno.ENOENT, "is gone")
 
 
 def _identity(top: int, below: bytes) -> tuple[int, int] | None:
