@@ -17,6 +17,10 @@ MAX_VALUE = 64 * 1024
 """No extended attribute can be longer than this, in bytes (XATTR_SIZE_MAX)."""
 
 
+ACCESS_LIST = b"system.posix_acl_access"
+CAPABILITY = b"security.capability"
+
+
 class MadeUpAttribute(Enum):
     """What every item in a snapshot has beside its own attributes."""
 

@@ -30,7 +30,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from cloudfs.core.errors import CloudfsError, NoRepository
 from cloudfs.core.rows import ItemType, Meta
-from cloudfs.fuse.attributes import MadeUpAttribute, attribute, own_attributes
+from cloudfs.fuse.attributes import CAPABILITY, MadeUpAttribute, attribute, own_attributes
 from cloudfs.fuse.inodes import LIN_BITS
 from cloudfs.fuse.listing import Listing
 from cloudfs.fuse.patience import WouldBlock
@@ -99,6 +99,7 @@ class View(pyfuse3.Operations):
         """``refresh_s``: how old the list of snapshots may be when the top is looked at."""
         super().__init__()
         self.tree = tree
+        self.shows_rights = True  # setuid and setgid, capabilities and devices
         self._refresh_s = refresh_s
         self._clock_s = clock_s
         self._made = clock_s()
@@ -162,6 +163,10 @@ class View(pyfuse3.Operations):
         a.st_uid = meta.uid
         a.st_gid = meta.gid
         a.st_rdev = meta.rdev
+        if not self.shows_rights:
+            a.st_rdev = 0
+            if meta.type == ItemType.REGULAR:
+                a.st_mode &= ~(stat.S_ISUID | stat.S_ISGID)
         a.st_size = meta.size
         a.st_blocks = (stored + 511) // 512
         a.st_mtime_ns = a.st_atime_ns = meta.mtime_ns
@@ -347,7 +352,7 @@ class View(pyfuse3.Operations):
         """One extended attribute, one of ``user.cloudfs.*`` among them."""
         meta = await self._need(inode)
         found: bytes | None = None
-        if inode >> LIN_BITS:
+        if inode >> LIN_BITS and (self.shows_rights or name != CAPABILITY):
             own = MadeUpAttribute.by_name(name)
             if own is not None or meta.streams:
                 found = await self._in_thread(attribute, self.tree, inode, meta, name)

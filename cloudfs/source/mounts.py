@@ -48,6 +48,27 @@ def mount_at(fd: int, all_mounts: list[Mount]) -> Mount | None:
     return next((mount for mount in all_mounts if mount.number == number), None)
 
 
+def shown_twice(top: bytes, fd: int, all_mounts: list[Mount]) -> tuple[bytes, bytes] | None:
+    """Two places in a directory, which is open and may be one of them, of which one shows what the
+    other does, as with bind mounts; None where there are none."""
+    own = mount_at(fd, all_mounts)
+    if own is None:
+        return None
+    inside = own.top.rstrip(b"/") + top.removeprefix(own.place.rstrip(b"/"))
+    parts = [own._replace(top=inside, place=top), *seen_within(top, own.number, all_mounts)]
+    for number, one in enumerate(parts):
+        for other in parts[:number]:
+            if one.device == other.device and overlap(one.top, other.top):
+                return one.place, other.place
+    return None
+
+
+def overlap(one: bytes, other: bytes) -> bool:
+    """Whether one of two directories is, or lies in, the other."""
+    one, other = one.rstrip(b"/") + b"/", other.rstrip(b"/") + b"/"
+    return one.startswith(other) or other.startswith(one)
+
+
 def within(top: bytes, all_mounts: list[Mount]) -> list[Mount]:
     """What is mounted below a directory; of several in one place the last, which hides the rest."""
     prefix = top.rstrip(b"/") + b"/"

@@ -65,7 +65,7 @@ def attributes_lasting(seconds: float) -> EntryAttributes:
     return made
 
 
-def fill(a: EntryAttributes, number: int, s: os.stat_result) -> EntryAttributes:
+def fill(a: EntryAttributes, number: int, s: os.stat_result | EntryAttributes) -> EntryAttributes:
     """Attributes of an item of this number. pyfuse3 copies them before anything else runs, so there
     must be no ``await`` between this and the end of the handler."""
     a.st_ino = number

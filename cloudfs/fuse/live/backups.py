@@ -6,16 +6,19 @@
 2. A directory is found by its path in the newest snapshot that has it. In older ones it is the same
    directory, by LIN, whatever it was called then; where there is none of that LIN, what stood at
    the path.
-3. ``.snapshot`` itself and ``latest`` are made up: their numbers begin at 2^61, and have the number
+3. Who asks is shown what he could have walked to in that snapshot (:mod:`.reach`), and is asked
+   anew each time. Rights that a file gave to whoever ran it, and devices, are not shown: they would
+   be there again after they were taken away.
+4. ``.snapshot`` itself and ``latest`` are made up: their numbers begin at 2^61, and have the number
    of the directory in their lower bits.
-4. What the rows say may have to be fetched; that is done on other threads.
+5. What the rows say may have to be fetched; that is done on other threads.
 """
 
 from __future__ import annotations
 
 import errno
 import stat as st
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import pyfuse3
@@ -26,8 +29,9 @@ from cloudfs.core.errors import UsageError
 from cloudfs.core.rows import ROOT_LIN, ItemType
 from cloudfs.fuse.inodes import LIN_BITS, ROOT_INO, lin_ino
 from cloudfs.fuse.job import MountJob
-from cloudfs.fuse.live.answers import attributes_lasting
+from cloudfs.fuse.live.answers import attributes_lasting, fill
 from cloudfs.fuse.live.inodes import MASK, Inode, Inodes
+from cloudfs.fuse.live.reach import groups_of, may_reach
 from cloudfs.fuse.live.sides import Opened
 from cloudfs.fuse.opening import open_view
 from cloudfs.fuse.tree import LATEST, Branch
@@ -51,8 +55,10 @@ class Backups:
         self._inodes = inodes
         self._top = top
         self.view, self._store = open_view(job, first_slot=_FIRST_SLOT)
+        self.view.shows_rights = False
         self._tree = self.view.tree
         self._brief = attributes_lasting(_BRIEFLY_S)
+        self._once = attributes_lasting(0)
 
     @property
     def _branch(self) -> Branch:
@@ -86,23 +92,27 @@ class Backups:
             raise FUSEError(errno.ENOENT)
         return found
 
-    async def names(self, path: bytes) -> list[tuple[bytes, int]]:
+    async def names(self, path: bytes, ctx: RequestContext) -> list[tuple[bytes, int]]:
         """The names in ``.snapshot`` of the directory at a path, oldest first, and the inodes that
         they lead to."""
         await self.view.look_for_news(ROOT_INO)
-        return await self.view.ask(self._find_all, path)
+        return await self.view.ask(self._find_all, path, ctx.uid, groups_of(ctx))
+
+    async def named(self, number: int, ctx: RequestContext) -> EntryAttributes:
+        """The attributes of what a name leads to, for this question alone: see rule 3."""
+        return fill(self._once, number, await self.view.getattr(number, ctx))
 
     # -- see Side ------------------------------------------------------------------------------
 
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if parent >= VIEWED:
             return await self.view.lookup(parent, name, ctx)
-        found = dict(await self.names(self.path(parent)))
+        found = dict(await self.names(self.path(parent), ctx))
         if name == LATEST and found:
             return self._attributes(parent | _LATEST_BIT)
         if name not in found:
             raise FUSEError(errno.ENOENT)
-        return await self.view.getattr(found[name], ctx)
+        return await self.named(found[name], ctx)
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if inode >= VIEWED:
@@ -112,7 +122,7 @@ class Backups:
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         if inode >= VIEWED:
             return await self.view.readlink(inode, ctx)
-        found = await self.names(self.path(inode))
+        found = await self.names(self.path(inode), ctx)
         if not found:
             raise FUSEError(errno.ENOENT)
         return found[-1][0]
@@ -120,7 +130,7 @@ class Backups:
     async def opendir(self, inode: int, ctx: RequestContext) -> Opened:
         if inode >= VIEWED:
             return ViewedItem(self.view, await self.view.opendir(inode, ctx), is_dir=True)
-        return SnapshotNames(self, inode, await self.names(self.path(inode)))
+        return SnapshotNames(self, inode, await self.names(self.path(inode), ctx))
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> ViewedItem:
         opened = await self.view.open(inode, flags, ctx)
@@ -139,8 +149,8 @@ class Backups:
 
     # -- finding -------------------------------------------------------------------------------
 
-    def _find_all(self, path: bytes) -> list[tuple[bytes, int]]:
-        """Rule 2: names of snapshots, oldest first, and what they lead to. May block."""
+    def _find_all(self, path: bytes, uid: int, groups: Collection[int]) -> list[tuple[bytes, int]]:
+        """Rules 2 and 3: names of snapshots, oldest first, and what they lead to. May block."""
         branch = self._branch
         lin = self._newest_lin(path)
         if lin is None:
@@ -148,8 +158,9 @@ class Backups:
         found = []
         for name, number in branch.names.items():
             slot = branch.slots[number]
-            there = _directory_in(self._tree.view(slot), lin, path)
-            if there is not None:
+            view = self._tree.view(slot)
+            there = _directory_in(view, lin, path)
+            if there is not None and may_reach(view, there, uid, groups):
                 found.append((name, lin_ino(slot, there)))
         return found
 
@@ -194,7 +205,10 @@ class SnapshotNames(Opened):
         ctx = RequestContext()
         for position in range(start, len(entries)):
             name, number = entries[position]
-            attributes = await self.backups.getattr(number, ctx)
+            if number >= VIEWED:
+                attributes = await self.backups.named(number, ctx)
+            else:
+                attributes = await self.backups.getattr(number, ctx)
             if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
                 return
 

@@ -86,6 +86,7 @@ class Inodes:
         self.limit = self._trim_at = limit
         self.held = 1
         self._mounts: dict[int, int] = {}  # by device, a descriptor for opening by handle
+        self.refused = 0  # flags (statvfs) of mounts that are not entered
 
     def enter(self, root_fd: int) -> None:
         """Go by another descriptor of the same top. Raises OSError where it is of another one."""
@@ -142,6 +143,9 @@ class Inodes:
         if inode is not None and inode.fd >= 0:
             return inode, status
         fd = os.open(name, _HOLD, dir_fd=parent.fd)
+        if status.st_dev != parent.dev and os.fstatvfs(fd).f_flag & self.refused:
+            os.close(fd)
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         return self.take(fd)
 
     def take(self, fd: int) -> tuple[Inode, os.stat_result]:
@@ -150,8 +154,12 @@ class Inodes:
         number = self.number_of(status)
         inode = self._known.get(number)
         if inode is not None and inode.fd < 0 and not self._is_same(inode, fd):
-            # Another item that got its number; what the kernel still knows of the old one is stale.
-            inode, number = None, self._renumber(status)
+            # Another item got its number; what the kernel still knows of the old one is stale.
+            if inode.lookups or inode.opens:
+                number = self._renumber(status)
+            else:
+                del self._known[number]
+            inode = None
         if inode is None:
             self.held += 1
             inode = self._known[number] = Inode(number, fd, status)
@@ -236,9 +244,9 @@ class Inodes:
         return found
 
     def abandon(self, inode: Inode) -> None:
-        """Let the descriptor of an item go that has no name any more: if nothing else holds it, it
-        is lost, and whoever comes for it finds it stale."""
-        if inode.fd >= 0 and not inode.uses and not inode.opens:
+        """Let the descriptor of an item go that has no name any more, unless the kernel knows it or
+        something uses it: its number may then be another's."""
+        if inode.fd >= 0 and not (inode.lookups or inode.uses or inode.opens):
             self._evict(inode)
 
     def _evict(self, inode: Inode) -> None:

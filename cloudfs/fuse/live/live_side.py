@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
+from cloudfs.fuse.attributes import CAPABILITY
 from cloudfs.fuse.live.answers import attributes_lasting, fill
 from cloudfs.fuse.live.backups import Backups
 from cloudfs.fuse.live.caller import By
@@ -32,7 +33,6 @@ changes itself; this is for what others change beneath."""
 
 ABSENT_S = 1.0
 READ_BYTES = 1 << 20
-CAPABILITY = b"security.capability"
 TRUSTED = b"trusted."
 
 

@@ -42,7 +42,7 @@ from cloudfs.fuse.live.tree import LiveTree
 from cloudfs.fuse.mounting import end_on_signal, init, raise_read_ahead
 from cloudfs.source.inode import StatReader
 from cloudfs.source.live.protocol import LOCK, MARKS, SOCKET
-from cloudfs.source.mounts import mounts, within
+from cloudfs.source.mounts import mounts, shown_twice, within
 from cloudfs.source.numbers import keeps_numbers, kind_keeps_numbers
 from cloudfs.source.own import LIVE_SUBTYPE, is_view
 
@@ -51,6 +51,10 @@ _SYSTEM = ("/proc", "/sys", "/run", "/etc", "/usr", "/lib")
 
 _USES = {"suid": os.ST_NOSUID, "dev": os.ST_NODEV, "exec": os.ST_NOEXEC}
 """What may be done on a mount, by the options that allow it, and the flags that forbid it."""
+
+_RIGHTS = {"suid", "dev"}
+"""Those of them that would give rights. So a mount that comes later and forbids what the live mount
+allows, as a drive of some user's does, is not entered."""
 
 SPARE_FILES = 1024
 """Descriptors that are left for all else when many items are known and many files open: threads,
@@ -73,25 +77,15 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
     marks = MarkedSet(directory / MARKS)
     listener, directory_fd = _listen(directory)
     _stand_for_others()
-    limit = limits.raise_file_limit()
-    inodes = Inodes(source_fd, limit // 2)
-    files = OpenFiles(inodes, limit - min(SPARE_FILES, limit // 4))
-    tracker = Tracker(marks, job.block_size)
-    tree = LiveTree(inodes, files, tracker if job.tracking else None)
-    mount = LiveMount(tree, _backups(job, inodes))
-    control = Control(
-        mount,
-        tree,
-        tracker,
-        _terms(job, inodes, directory_fd),
-        mountpoint=os.fsencode(job.mountpoint),
-        source=os.fsencode(job.source),
-    )
+    mount, tree, tracker, control = _parts(job, source_fd, directory_fd, marks)
+    inodes = tree.inodes
     place = _beside(directory) if covered else job.mountpoint
     is_useless = _uselessness(job)  # before there is a mount that looking there could lead to
     if not covered:  # till now the tree could be changed by anybody
         tracker.disown()
-    init(mount, place, _options(job, source_fd))
+    forbidden = _forbidden(job, source_fd)
+    inodes.refused = sum(_USES[use] for use in _RIGHTS - forbidden)
+    init(mount, place, _options(job, forbidden))
     device = places.device_of(place) or ""
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     try:
@@ -116,6 +110,27 @@ def serve(job: LiveJob, ready: Callable[[], None]) -> None:
         os.close(lock)
 
 
+def _parts(
+    job: LiveJob, source_fd: int, directory_fd: int, marks: MarkedSet
+) -> tuple[LiveMount, LiveTree, Tracker, Control]:
+    """What a mount is made of."""
+    limit = limits.raise_file_limit()
+    inodes = Inodes(source_fd, limit // 2)
+    files = OpenFiles(inodes, limit - min(SPARE_FILES, limit // 4))
+    tracker = Tracker(marks, job.block_size)
+    tree = LiveTree(inodes, files, tracker if job.tracking else None)
+    mount = LiveMount(tree, _backups(job, inodes))
+    control = Control(
+        mount,
+        tree,
+        tracker,
+        _terms(job, inodes, directory_fd),
+        mountpoint=os.fsencode(job.mountpoint),
+        source=os.fsencode(job.source),
+    )
+    return mount, tree, tracker, control
+
+
 def _stand_for_others() -> None:
     """Let this process have nothing of its own that would count for whoever asks."""
     os.umask(0)
@@ -127,8 +142,7 @@ def _backups(job: LiveJob, inodes: Inodes) -> Backups | None:
     return None if given is None else Backups(given, inodes, os.fsencode(job.source))
 
 
-def _options(job: LiveJob, source_fd: int) -> set[str]:
-    forbidden = _forbidden(job, source_fd)
+def _options(job: LiveJob, forbidden: set[str]) -> set[str]:
     source = job.source.encode("ascii", "replace").decode().replace("\\", "\\\\")
     source = source.replace(",", "\\,")
     return {
@@ -146,7 +160,7 @@ def _forbidden(job: LiveJob, source_fd: int) -> set[str]:
     flags = os.fstatvfs(source_fd).f_flag
     found = {use for use, flag in _USES.items() if flags & flag}
     for mount in within(os.fsencode(job.source), mounts()):
-        found.update(use for use in ("suid", "dev") if f"no{use}" in mount.options)
+        found.update(use for use in _RIGHTS if f"no{use}" in mount.options)
     return found
 
 
@@ -159,9 +173,14 @@ def _terms(job: LiveJob, inodes: Inodes, directory_fd: int) -> Terms:
         return job.one_file_system and inode.dev != inodes.dev
 
     def unfollowed() -> str:
+        top, seen = os.fsencode(job.source), mounts()
+        twice = shown_twice(top, inodes.root.fd, seen)
+        if twice is not None:
+            one, other = map(os.fsdecode, twice)
+            return f"{one} shows what {other} shows, and a change is told of one of them alone"
         if job.one_file_system:
             return ""
-        for mount in within(os.fsencode(job.source), mounts()):
+        for mount in within(top, seen):
             if not is_view(mount) and not kind_keeps_numbers(mount.kind):
                 place = os.fsdecode(mount.place)
                 return f"{place} is on {mount.kind}, where inodes get other numbers at any time"

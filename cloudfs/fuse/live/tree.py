@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cloudfs.fuse.attributes import ACCESS_LIST
 from cloudfs.fuse.live import calls
 from cloudfs.fuse.live.caller import By, Caller
 from cloudfs.fuse.live.files import OpenFile, OpenFiles
@@ -26,8 +27,6 @@ _NOT_PASSED_ON = os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_DIR
 """What the kernel has seen to before it asks; appended data comes with the offset where it goes."""
 
 RENAME_EXCHANGE = 2
-
-ACCESS_LIST = b"system.posix_acl_access"
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from cloudfs.core.errors import SourceError
 from cloudfs.db.watched import Place
 from cloudfs.source.handles import open_handle
 from cloudfs.source.inode import open_directory
+from cloudfs.source.mounts import overlap
 from cloudfs.source.watch.places import Place as Part
 from cloudfs.source.whereabouts import path_below
 
@@ -148,13 +149,9 @@ def _sides(parts: list[Part]) -> dict[bytes, int]:
     found: dict[bytes, int] = {}
     for number, part in enumerate(parts):
         beside = [at for at, other in enumerate(parts) if other.device == part.device]
-        shown = any(at != number and _overlap(part, parts[at]) for at in beside)
+        shown = any(at != number and overlap(part.inside, parts[at].inside) for at in beside)
         found[part.below] = number if shown else min(beside)
     return found
-
-
-def _overlap(one: Part, other: Part) -> bool:
-    return one.holds(other.inside) or other.holds(one.inside)
 
 
 def _opened(top: int, part: Part, handle: bytes) -> int | None:
