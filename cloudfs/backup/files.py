@@ -171,9 +171,10 @@ class FileReader:
         lin: int,
     ) -> None:
         if stat.is_file:
-            base_lin = task.bases.get(index, 0)
-            if not self._small(directory, task, stat, lin, base_lin):
-                self._file(directory, task, stat, lin, base_lin, task.ranges.get(index))
+            base_lin, ranges = task.bases.get(index, 0), task.ranges.get(index)
+            # Of one whose data is as it was, no byte is read.
+            if ranges == [] or not self._small(directory, task, stat, lin, base_lin):
+                self._file(directory, task, stat, lin, base_lin, ranges)
         elif stat.is_dir:
             fd = open_below(_join(task.path, stat.name))
             try:

@@ -86,7 +86,8 @@ def _ready(
         from cloudfs.source.live.protocol import Base
         from cloudfs.source.live.session import LiveSource
 
-        live = LiveSource(settings.sources, job.repository.local.live_dir(settings.name))
+        directory = job.repository.local.live_dir(settings.name)
+        live = LiveSource(settings.sources, directory, settings.filters.leaves_out)
         head, last = state.head, history.manifest.last_snapshot
         base = Base(head.snapshot, head.taken_ns)
         marked_only = (

@@ -14,6 +14,10 @@ from cloudfs.fuse.job import MountJob
 from cloudfs.fuse.live.job import LiveJob
 from cloudfs.repo.history import History
 from cloudfs.repo.pool import WorkerOpening
+from cloudfs.source.live.session import LiveSource
+
+SHOWN_PAST = 5
+"""Of processes that go past the mount no more are named."""
 
 
 def mount_live(
@@ -30,6 +34,11 @@ def mount_live(
     with waiting_daemon() as daemon:
         daemon.mount(dataclasses.replace(job, log_file=app.environment.state_dir / LOG_NAME))
     _announce(app, job)
+    past = LiveSource([os.fsencode(job.source)], job.directory).who_goes_past()
+    for sentence in past[:SHOWN_PAST]:
+        app.output.warn(f"cloudfs: {sentence}")
+    if len(past) > SHOWN_PAST:
+        app.output.warn(f"cloudfs: and {len(past) - SHOWN_PAST} more")
 
 
 def _job(app: App, name: str, directory: str | None, *, tracking: bool) -> LiveJob:

@@ -168,7 +168,7 @@ def _open_for_writing(pid: str, overlays: Overlays) -> Iterator[Inode]:
 
 def _behind_loops(found: Written, overlays: Overlays) -> None:
     for name in os.listdir(_LOOPS) if os.path.isdir(_LOOPS) else ():
-        if name.startswith("loop"):
+        if name.startswith("loop") and not _is_read_only(name):
             with contextlib.suppress(OSError):  # no file is behind it
                 path = Path(f"{_LOOPS}/{name}/loop/backing_file").read_bytes().rstrip(b"\n")
                 found.inodes.update(overlays.beneath("self", path))
@@ -177,6 +177,12 @@ def _behind_loops(found: Written, overlays: Overlays) -> None:
                 except OSError as error:
                     if error.errno != errno.ENXIO:  # none any more
                         found.hidden = f"the file behind /dev/{name} cannot be told"
+
+
+def _is_read_only(loop: str) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"{_LOOPS}/{loop}/ro").read_bytes().strip() == b"1"
+    return False
 
 
 def _behind(device: str, path: bytes) -> Inode:

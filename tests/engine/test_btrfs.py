@@ -52,6 +52,7 @@ def sync_of_changes(rig: Rig) -> SyncResult:
     """A sync that goes by what btrfs tells; its snapshot is what the tree is."""
     result = rig.sync()
     assert not rig.notes
+    assert not result.unreadable
     assert result.snapshot is not None
     made = rig.contents(result.snapshot.number)
     assert not difference(made, contents_of_tree(rig.tree))
@@ -252,6 +253,32 @@ def test_a_file_of_several_names_that_changed_under_a_new_one(rig: Rig) -> None:
                 file.write(b"%d" % number)
         (rig.tree / "d/beside").write_text(f"{number}")
         sync_of_changes(rig)
+
+
+def test_of_files_that_kept_their_data_nothing_is_read(rig: Rig) -> None:
+    """As those that were merely read, of which the stream tells as well."""
+    for number in range(20):
+        (rig.tree / f"{number}").write_bytes(os.urandom(3000))
+    rig.sync()
+    for path in rig.tree.glob("*"):
+        os.utime(path, ns=(1, path.stat().st_mtime_ns))
+        path.chmod(0o600)
+    sync_of_changes(rig)
+    assert rig.history().snapshots[-1].stats.bytes_read == 0
+
+
+def test_a_directory_that_goes_with_a_subvolume_that_is_left_out(rig: Rig) -> None:
+    """The stream moves it to the top, under a name that it never had, and leaves it there."""
+    rig.filters = Filters(excludes=("/above/within/left",))
+    (rig.tree / "above/within").mkdir(parents=True)
+    (rig.tree / "above/within/file").write_text("text")
+    for number in range(12):  # so that its number is above those of the directories
+        btrfs.subvolume(rig.base / f"{number}")
+    btrfs.subvolume(rig.tree / "above/within/left")
+    rig.sync()
+    btrfs.run("btrfs", "subvolume", "delete", rig.tree / "above/within/left")
+    shutil.rmtree(rig.tree / "above")
+    sync_of_changes(rig)
 
 
 def test_shared_extents(rig: Rig) -> None:

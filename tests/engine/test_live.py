@@ -19,7 +19,8 @@ from cloudfs.backup import dispatch, packs
 from cloudfs.backup.attempt import Attempt
 from cloudfs.fuse import daemon
 from cloudfs.source import unseen
-from cloudfs.source.live.session import LiveSource
+from cloudfs.source.live import session
+from cloudfs.source.ready import Ready
 from tests.engine import btrfs, forked, loops
 from tests.engine.hands import OPERATIONS, Hands, Operation
 from tests.engine.living import Living
@@ -40,10 +41,10 @@ class Meanwhile:
         self.when_reading: Callable[[], None] = lambda: None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        frozen, pack = LiveSource._frozen, Attempt._pack
+        ready, pack = session._Frozen.ready, Attempt._pack
 
-        def then_frozen(*args: object, **kwargs: object) -> object:
-            made = frozen(*args, **kwargs)  # type: ignore[arg-type]
+        def then_frozen(frozen: session._Frozen) -> Ready:
+            made = ready(frozen)
             self.when_frozen()
             return made
 
@@ -51,7 +52,7 @@ class Meanwhile:
             self.when_reading()
             pack(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(LiveSource, "_frozen", then_frozen)
+        monkeypatch.setattr(session._Frozen, "ready", then_frozen)
         monkeypatch.setattr(Attempt, "_pack", then_reading)
 
 

@@ -175,6 +175,10 @@ class Control:
         """The epoch that is open."""
         return self._tracker.epoch
 
+    def miss(self, words: str) -> None:
+        """Not all is marked in the epoch that is open."""
+        self._tracker.miss(words)
+
     def confirm(self, epoch: int, base: Base) -> None:
         """All up to an epoch is in a snapshot."""
         for inode in self._tracker.confirm(epoch, base):
@@ -280,6 +284,10 @@ class _Connection:
                 self._freeze, self._frozen, self._epoch = control.freeze(marked=question.marked)
             except SourceError as refused:
                 error = str(refused)
+        elif question.ask == "reached" and self._freeze is not None:
+            self._freeze.reached = True
+        elif question.ask == "missed":
+            control.miss(question.words)
         elif question.ask == "changes" and self._frozen is not None:
             async for change in control.changes(self._frozen, self._epoch):
                 await self._send(change)

@@ -11,7 +11,8 @@
    given up. (Who removes something holds the lock of its directory, and cannot be kept waiting.)
 4. Chunks are kept only of what the sync will read: all, or the blocks that were marked.
 5. The room for chunks is bounded. When it is full, who would overwrite something waits until the
-   freeze ends, or the freeze is given up as a point in time, as the policy says. Never is there an
+   freeze ends (but not before the sync has reached what is frozen, for who waits may be in its
+   way), or the freeze is given up as a point in time, as the policy says. Never is there an
    error for who writes; where chunks cannot be kept (the disk is full), it is given up.
 """
 
@@ -79,7 +80,9 @@ class Freeze:
         a nameless file for chunks."""
         self.number = number
         self.given_up = ""  # why it is no point in time any more
+        self.reached = False  # by the sync: till then nobody waits
         self.ended = trio.Event()
+        self.released = trio.Event()  # nobody need wait for room any more
         self._inodes = inodes
         self._room = room_bytes
         self._waits = waits
@@ -212,12 +215,13 @@ class Freeze:
         if self.given_up:
             return
         if self._kept_bytes + len(chunks) * CHUNK > self._room:
-            if self._waits:
+            if self._waits and self.reached:
                 raise Full
-            self.give_up(
-                "the room for what is overwritten is full; see kept_room in cloudfs-policy(5)"
-            )
-            return
+            if not self._waits:
+                self.give_up(
+                    "the room for what is overwritten is full; see kept_room in cloudfs-policy(5)"
+                )
+                return
         self._touched.add(inode.ino)
         try:
             if self._store < 0:
@@ -253,6 +257,7 @@ class Freeze:
         if not self.given_up:
             log.error("The freeze is given up as a point in time: %s", why)
         self.given_up = self.given_up or why
+        self.released.set()
         self._touched.all()
         for inode in self._gone:
             self._inodes.abandon(inode)
@@ -307,6 +312,7 @@ class Freeze:
             self._inodes.unpin(inode)
         self._touched.close()
         self.ended.set()
+        self.released.set()
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:

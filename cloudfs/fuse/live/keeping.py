@@ -33,19 +33,19 @@ class Keeper:
             try:
                 at = self._tree.keep(inode, at, end, cut=cut)
             except Full:
-                await self._wait_for_end(freeze)
+                await self._wait_for_release(freeze)
                 continue
             if at < end:
                 with self._turns.away():
                     await trio.lowlevel.checkpoint()
 
-    async def _wait_for_end(self, freeze: Freeze) -> None:
+    async def _wait_for_release(self, freeze: Freeze) -> None:
         if self._waiting >= MAX_WAITING:
             freeze.give_up("too many writers wait for it")
             return
         self._waiting += 1
         try:
             with self._turns.away():
-                await freeze.ended.wait()
+                await freeze.released.wait()
         finally:
             self._waiting -= 1

@@ -213,6 +213,11 @@ class Tracker:
         with contextlib.suppress(OSError):
             self._kept.set_complete(False)
 
+    def miss(self, words: str) -> None:
+        """Not all that changes in this epoch is marked."""
+        self.lost.setdefault(self.epoch, words)
+        self.save()
+
     def _touch(self) -> None:
         now = self.last_change_s = self._clock_s()
         self.first_change_s = self.first_change_s or now

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ which bytes to read, if any, hold no more than this for each inode that changed.
 
 SHOWN = 5
 """Of what is not backed up no more is named."""
+
+_ORPHAN = re.compile(rb"o\d+-\d+-\d+")
+"""The names, at the top, to which a send stream moves what it will remove. It leaves a directory
+there that held another subvolume, of which it tells nothing."""
 
 Excludes = Callable[[bytes], bool]
 Tell = Callable[[str], None]
@@ -261,7 +266,7 @@ class BtrfsSource:
         for new in taken.held:
             within_it = within_before.get(new.path, []), within.get(new.path, [])
             below = subvolume.changes(before[new.path].place, new.place, *within_it)
-            found.dirs.extend(_seen(below, new.path, live))
+            found.dirs.extend(_seen(below, new, live))
         # Again: what was written to one may have waited in memory until it was compared.
         _check_untouched(base.held)
         return found
@@ -407,12 +412,16 @@ def _what_became_of(held: _Held) -> str:
     return ""
 
 
-def _seen(below: Changelist, path: bytes, subvolumes: Collection[bytes]) -> Iterator[DirChange]:
+def _seen(below: Changelist, held: _Held, subvolumes: Collection[bytes]) -> Iterator[DirChange]:
     """The changes in one subvolume, with paths below the root. Without those beneath what is
-    mounted in it, which nobody sees: at these paths are others."""
+    mounted in it, which nobody sees: at these paths are others. And without those in what the
+    kernel moved away by a name of its own and then did not remove."""
     for change in below.dirs:
-        now, was = _join(path, change.path), _join(path, change.old_path or b"")
-        if innermost(now, subvolumes) == innermost(was, subvolumes) == path:
+        top = change.path.partition(b"/")[0]
+        if _ORPHAN.fullmatch(top) and not os.path.lexists(os.path.join(held.place, top)):
+            continue
+        now, was = _join(held.path, change.path), _join(held.path, change.old_path or b"")
+        if innermost(now, subvolumes) == innermost(was, subvolumes) == held.path:
             yield DirChange(now, was, change.names, change.ranges)
 
 

@@ -43,6 +43,8 @@ class Question(msgspec.Struct, frozen=True):
     * "state": nothing but the answer.
     * "freeze": let the tree stand still for this connection, all of it or (``marked``) only what
       was marked since the base, where that can be told.
+    * "reached": what is frozen is held open; from now on who overwrites it may have to wait.
+    * "missed": not all that changes from the freeze on is marked, for the reason in ``words``.
     * "changes": all that was marked up to the freeze; answered by Directory and Item messages, and
       an End.
     * "confirm": all up to the freeze is in the snapshot that ``base`` names; the freeze ends.
@@ -52,6 +54,7 @@ class Question(msgspec.Struct, frozen=True):
     ask: str
     base: Base | None = None
     marked: bool = False
+    words: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -3,7 +3,8 @@
 1. What is dirty in mappings is flushed through the mount. Then the mount freezes: what is read from
    there on, below a name that it gives, is one point in time, while who writes goes on.
 2. If everything since the snapshot that the local state is at was marked, the marks are the
-   changelist. In all other cases what is frozen is scanned, and the reason said.
+   changelist. In all other cases what is frozen is scanned, and the reason said: also while a
+   process is in the tree past the mount (:mod:`.past`).
 3. After the commit the mount is told; it forgets what was marked, and the freeze ends. Where a sync
    fails it is told nothing, and the freeze ends with the line, even if this process is killed.
 4. When nothing is mounted the source is scanned as it lies there, with a word of warning.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cloudfs.core.changelist import Changelist, DirChange, merged
@@ -21,6 +22,7 @@ from cloudfs.core.errors import SourceError
 from cloudfs.core.manifest import SnapshotRecord
 from cloudfs.source.live.beneath import BeneathPlaces
 from cloudfs.source.live.client import Line, NotMounted
+from cloudfs.source.live.past import who_goes_past
 from cloudfs.source.live.protocol import (
     FROZEN_PREFIX,
     Answer,
@@ -29,9 +31,13 @@ from cloudfs.source.live.protocol import (
     End,
     Question,
 )
+from cloudfs.source.mounts import mounts, seen_within, within
+from cloudfs.source.own import is_live, is_view
 from cloudfs.source.ready import Ready
 from cloudfs.source.state import SourceState, scanning
 from cloudfs.source.unseen import settle_mapped
+
+SINCE = "since before the tree was mounted live"
 
 STATE_TIMEOUT_S = 5.0
 """How long somebody who only asks how it stands waits for the mount."""
@@ -40,11 +46,18 @@ STATE_TIMEOUT_S = 5.0
 class LiveSource:
     """The live side of the syncs of one policy on this machine."""
 
-    def __init__(self, sources: list[bytes], directory: Path) -> None:
-        """``directory`` is the mount's. Raises SourceError where there are several sources."""
+    def __init__(
+        self,
+        sources: list[bytes],
+        directory: Path,
+        leaves_out: Callable[[bytes], bool] = lambda path: False,
+    ) -> None:
+        """``directory`` is the mount's; ``leaves_out`` says what other file systems the policy
+        leaves out, by path. Raises SourceError where there are several sources."""
         if len(sources) != 1:
             raise SourceError("a policy with a live mount has one source; make a policy for each.")
         self._source = sources[0]
+        self._leaves_out = leaves_out
         self._directory = directory
 
     @contextlib.contextmanager
@@ -53,6 +66,11 @@ class LiveSource:
         at none). ``whole``: more will be read than what changed. ``name`` is the policy's."""
         try:
             line = Line(self._directory)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(line)
+                before = line.ask(Question("state"))
+                self._check(before)
+                stack.pop_all()
         except NotMounted as error:
             found = Ready("scan", [self._source])
             found.notes.append(
@@ -60,44 +78,67 @@ class LiveSource:
             )
             yield found
             return
-        with line:
-            yield self._frozen(line, base, whole=whole)
+        with line, self._frozen(line, before, base, whole=whole) as found:
+            yield found
 
     def state(self, snapshot: int, taken_ns: int) -> SourceState:
         """What the next sync would go by, if the last snapshot is this one."""
         try:
             with Line(self._directory, STATE_TIMEOUT_S) as line:
                 now = line.ask(Question("state"))
+            _check_reached(now)
         except SourceError as error:
             return scanning("live", str(error).rstrip("."))
         reason = _reason(now, Base(snapshot, taken_ns))
         return SourceState("live", not reason, reason, None if reason else now.pending)
 
-    def _frozen(self, line: Line, base: Base, *, whole: bool) -> Ready:
-        before = line.ask(Question("state"))
-        self._check(before)
+    def who_goes_past(self) -> list[str]:
+        """Sentences about processes that go past the mount, which was just made."""
+        with Line(self._directory, STATE_TIMEOUT_S) as line:
+            found = list(_past(line.ask(Question("state"))))
+        return [f"{words} {SINCE}, and goes past the mount. Start it anew." for words in found]
+
+    @contextlib.contextmanager
+    def _frozen(self, line: Line, before: Answer, base: Base, *, whole: bool) -> Iterator[Ready]:
         flush(before.mountpoint)
-        marked = not whole and not _reason(before, base)
-        answer = line.ask(Question("freeze", marked=marked))
-        changes, reason = None, _reason(answer, base)
-        if not reason:
-            changes, reason = _changelist(line)
-        if reason and marked:  # of all else than what was marked, nothing was kept
-            answer = line.ask(Question("freeze", marked=False))
-        top = before.mountpoint.rstrip(b"/") + b"/" + FROZEN_PREFIX + b"%d" % answer.frozen
-        found = Ready("live", [top], frozen_ns=answer.frozen_ns, through_mount=True)
-        process = b"/proc/%d/fd/" % answer.pid
-        found.beneath = BeneathPlaces(
-            process + b"%d" % answer.top_fd, process + b"%d" % answer.touched_fd
-        )
-        found.changes = changes
-        if reason:
-            found.kind = "scan"
-            if base.snapshot:
-                found.notes.append(f"what is frozen is scanned: {reason}")
-        found.intact = lambda: _still_there(line, found)
-        found.keep = lambda record: _confirm(line, record, top)
-        return found
+        past = next(_past(before), "")
+        marked = not whole and not past and not _reason(before, base)
+        with contextlib.closing(_Frozen(line, before, marked=marked)) as frozen:
+            reason = _reason(frozen.answer, base)
+            if past:
+                reason = f"{past} {SINCE}, and what it changes past the mount is not marked"
+                line.ask(Question("missed", words=reason))  # till the next sync, as well
+            changes = None
+            if not reason:
+                changes, reason = _changelist(line)
+            if reason and marked:  # of all else than what was marked, nothing was kept
+                frozen.anew()
+            found = frozen.ready()
+            found.changes = changes
+            if reason:
+                found.kind = "scan"
+                if base.snapshot or past:
+                    found.notes.append(f"what is frozen is scanned: {reason}")
+            found.notes.extend(self._not_shown(before))
+            found.intact = lambda: _still_there(line, found, past=bool(past))
+            found.keep = lambda record: _confirm(line, record, frozen.path)
+            yield found
+
+    def _not_shown(self, answer: Answer) -> list[str]:
+        """What is to be said of what was mounted in the tree since, which no snapshot holds."""
+        below = [path for path in _mounted_since(answer) if not self._left_out(path)]
+        if not below:
+            return []
+        shown = ", ".join(os.fsdecode(os.path.join(answer.mountpoint, path)) for path in below)
+        return [
+            f"what was mounted at {shown} since the tree was mounted live is not backed up. Unmount"
+            " the tree and mount it live anew, or leave that out (--exclude, --one-file-system) if"
+            " it is meant."
+        ]
+
+    def _left_out(self, path: bytes) -> bool:
+        parts = path.split(b"/")
+        return any(self._leaves_out(b"/".join(parts[: end + 1])) for end in range(len(parts)))
 
     def _check(self, answer: Answer) -> None:
         if os.path.realpath(answer.source) != os.path.realpath(self._source):
@@ -105,6 +146,45 @@ class LiveSource:
                 f"the live mount is of {os.fsdecode(answer.source)}, not of"
                 f" {os.fsdecode(self._source)}. Unmount it and mount it anew."
             )
+        _check_reached(answer)
+
+
+class _Frozen:
+    """A freeze, and the top of what is frozen, which is held open.
+
+    It is opened at once: who waits for room holds locks in the kernel, and others hold the lock of
+    the mount's top directory meanwhile, where its name is looked up. So nobody waits until then.
+    """
+
+    def __init__(self, line: Line, before: Answer, *, marked: bool) -> None:
+        self._line = line
+        self._mountpoint = before.mountpoint.rstrip(b"/")
+        self._fd = -1
+        self._freeze(marked=marked)
+
+    def _freeze(self, *, marked: bool) -> None:
+        self.answer = self._line.ask(Question("freeze", marked=marked))
+        self.path = self._mountpoint + b"/" + FROZEN_PREFIX + b"%d" % self.answer.frozen
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._line.ask(Question("reached"))
+
+    def anew(self) -> None:
+        """Freeze again, and keep everything. Raises SourceError, OSError."""
+        self.close()
+        self._freeze(marked=False)
+
+    def ready(self) -> Ready:
+        """Where it is read."""
+        top = b"/proc/%d/fd/%d" % (os.getpid(), self._fd)
+        found = Ready("live", [top], frozen_ns=self.answer.frozen_ns, through_mount=True)
+        process = b"/proc/%d/fd/" % self.answer.pid
+        found.beneath = BeneathPlaces(
+            process + b"%d" % self.answer.top_fd, process + b"%d" % self.answer.touched_fd
+        )
+        return found
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 def flush(mountpoint: bytes) -> None:
@@ -121,6 +201,39 @@ def _reason(answer: Answer, base: Base) -> str:
     if answer.base != base:
         return f"the live mount has marked since another snapshot ({answer.base.snapshot})"
     return ""
+
+
+def _check_reached(answer: Answer) -> None:
+    """Raise NotMounted where the mount is taken from the tree."""
+    if not any(is_live(mount) and mount.place == answer.mountpoint for mount in mounts()):
+        raise NotMounted(
+            f"the live mount at {os.fsdecode(answer.mountpoint)} was unmounted, and is only there"
+            " for who still has something of it open"
+        )
+
+
+def _mounted_since(answer: Answer) -> list[bytes]:
+    """The paths, below the top, of what was mounted there since the tree was mounted live."""
+    seen = mounts()
+    own = [mount for mount in seen if is_live(mount) and mount.place == answer.mountpoint]
+    found = seen_within(answer.mountpoint, own[-1].number, seen) if own else []
+    below = {m.place[len(answer.mountpoint.rstrip(b"/")) + 1 :] for m in found if not is_view(m)}
+    if answer.source != answer.mountpoint:
+        prefix = answer.source.rstrip(b"/") + b"/"
+        with contextlib.suppress(OSError):
+            served = {mount.place for mount in mounts(str(answer.pid))}
+            others = (m.place for m in within(answer.source, seen) if not is_view(m))
+            below |= {place.removeprefix(prefix) for place in others if place not in served}
+    return sorted(below)
+
+
+def _past(answer: Answer) -> Iterator[str]:
+    """Who goes past a mount that lies over its tree: for any other, all do who wish."""
+    if answer.source != answer.mountpoint:
+        return iter(())
+    top = os.stat(b"/proc/%d/fd/%d" % (answer.pid, answer.top_fd))
+    own = top.st_dev, top.st_ino
+    return who_goes_past(answer.mountpoint, own, {answer.pid, os.getpid()})
 
 
 def _changelist(line: Line) -> tuple[Changelist | None, str]:
@@ -147,10 +260,11 @@ def _changelist(line: Line) -> tuple[Changelist | None, str]:
     return None, "the live mount is gone"
 
 
-def _still_there(line: Line, found: Ready) -> None:
-    """Whether what was read was frozen until now. Raises SourceError."""
+def _still_there(line: Line, found: Ready, *, past: bool) -> None:
+    """Whether what was read was frozen until now; what changes ``past`` the mount is not. Raises
+    SourceError."""
     answer = line.ask(Question("state"))
-    found.consistent = not answer.given_up
+    found.consistent = not (answer.given_up or past)
     if answer.given_up:
         found.notes.append(f"the snapshot is not one point in time: {answer.given_up}.")
 
