@@ -35,7 +35,8 @@ class Living(Rig):
         self.spare: Daemon | None = None  # one that has imported all it needs already
         self.beneath = base / "beneath"
         self.beneath.mkdir()
-        run("mount", "--bind", self.tree, self.beneath)
+        # Private: else what is mounted over the tree would be mounted over this as well.
+        run("mount", "--bind", "--make-private", self.tree, self.beneath)
 
     @property
     def place(self) -> Path:

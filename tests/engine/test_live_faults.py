@@ -27,6 +27,7 @@ from cloudfs.source.filters import Filters
 from cloudfs.source.live import session
 from cloudfs.source.live.client import NotMounted
 from cloudfs.source.mounts import mounts as all_mounts
+from cloudfs.source.ready import Ready
 from tests.engine import btrfs, loops
 from tests.engine.living import Living, living
 from tests.engine.rig import contents_of_tree, difference
@@ -850,14 +851,15 @@ def test_other_filters_read_what_was_not_marked(base: Path, meanwhile: Meanwhile
 def test_a_clock_that_is_set_back(rig: Living, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(rig)
     rig.sync()
-    frozen = session.LiveSource._frozen
+    ready = session._Frozen.ready
 
-    def yesterday(*args: object, **kwargs: object) -> object:
-        made = frozen(*args, **kwargs)  # type: ignore[arg-type]
+    def yesterday(frozen: session._Frozen) -> Ready:
+        made = ready(frozen)
+        assert made.frozen_ns is not None
         made.frozen_ns -= 86_400 * 10**9
         return made
 
-    monkeypatch.setattr(session.LiveSource, "_frozen", yesterday)
+    monkeypatch.setattr(session._Frozen, "ready", yesterday)
     for _ in range(2):
         fill(rig, 5)
         sync_by_marks(rig)

@@ -280,7 +280,7 @@ class Freeze:
         end = min(start + size, self.status(inode).st_size)
         if start >= end:
             return b""
-        data = os.pread(fd, end - start, start).ljust(end - start, b"\0")  # holes may be cut off
+        data = _read_all(fd, start, end)
         kept = self._chunks.get(inode.number)
         if not kept:
             return data
@@ -313,6 +313,17 @@ class Freeze:
         self._touched.close()
         self.ended.set()
         self.released.set()
+
+
+def _read_all(fd: int, start: int, end: int) -> bytes:
+    """Bytes of a file, of which holes may have been cut off. Raises OSError."""
+    data = os.pread(fd, end - start, start)
+    while len(data) < end - start:  # behind the end, or something cannot be read
+        more = os.pread(fd, end - start - len(data), start + len(data))
+        if not more:
+            return data.ljust(end - start, b"\0")
+        data += more
+    return data
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:

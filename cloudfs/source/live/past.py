@@ -39,6 +39,7 @@ class _Look:
     def __init__(self, source: bytes, top: Inode) -> None:
         self._source = source.rstrip(b"/") + b"/"
         self._top = top
+        self._mount = [m.device for m in mounts() if m.place == source][-1:]
         self._reader = StatReader()
         self._known: dict[Inode, bool] = {}  # directories, and whether they are in the tree
         # What lies on these is not followed upwards, for that may ask their servers.
@@ -71,13 +72,14 @@ class _Look:
         return self._known[inode]
 
     def _leads_up(self, link: str) -> bool:
+        """From below the top, its name leads to what is mounted over it."""
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         fd, before = os.open(link, flags), None
         try:
             for _ in range(_STEPS):
-                status = os.fstat(fd)
-                here = status.st_dev, status.st_ino
-                if here == self._top:
+                status = self._reader.behind(f"/proc/self/fd/{fd}")
+                here = status.dev, status.ino
+                if here == self._top or here[0] in self._mount:
                     return True
                 if here == before or here[0] in self._elsewhere:
                     return False
