@@ -29,6 +29,7 @@ class Known:
         self._view = view
         self._same_directory = same_directory
         self._below: dict[int, dict[bytes, int]] = {}
+        self._named: dict[int, dict[int, bytes]] = {}  # the other way round
         self._listings: dict[int, Listing] = {}
 
     def by_path(self, path: bytes) -> int | None:
@@ -109,6 +110,9 @@ class Known:
         return found[::-1]
 
     def _name(self, parent: int, lin: int) -> bytes | None:
-        record = self._state.record(parent)
-        found = record.subdirs if record is not None else []
-        return next((name for name, directory in found if directory == lin), None)
+        named = self._named.get(parent)
+        if named is None:
+            record = self._state.record(parent)
+            found = record.subdirs if record is not None else []
+            named = self._named[parent] = {directory: name for name, directory in found}
+        return named.get(lin)

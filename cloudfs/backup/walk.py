@@ -75,6 +75,7 @@ class Walk:
         self.items_seen = 0
         self.errors: list[tuple[bytes, str]] = []
         self.unread: set[int] = set()  # directories in which something could not be looked at
+        self.unvisited: set[int] = set()  # of these: such that could not be looked into at all
         self.changed: list[int] = []
         self.made_up: list[Meta | Entry] = []
         self._staged: list[tuple[int, DirRecord | None]] = []
@@ -249,8 +250,10 @@ class Walk:
             self.unread.add(lin)
 
     def _unread(self, lin: int) -> None:
-        """A directory that could not be read: what was known of it stays, a new one is empty."""
+        """A directory that could not be read: what was known of it and of what is below it stays,
+        a new one is empty."""
         self.unread.add(lin)
+        self.unvisited.add(lin)
         if self._state.record(lin) is None:
             self._stage(lin, DirRecord(b"", b"\x90", [], [], Counts()))
             self.changed.append(lin)
@@ -348,6 +351,7 @@ class Walk:
                 self.counts.add(record.counts, -1)
                 self.changed.append(lin)
                 self.unread.discard(lin)
+                self.unvisited.discard(lin)
                 self._stage(lin, None)
                 waiting.extend(below for _, below in record.subdirs)
         self._flush()
