@@ -177,9 +177,7 @@ class Revisit(Walk):
                 change.ranges.setdefault(name, []).extend(ranges)
 
     def _in_force(self, inodes: set[int]) -> Iterator[tuple[int, DirRecord]]:
-        if self._changes.inodes is None:
-            yield from super()._in_force(inodes)
-            return
+        self._state.index_inodes()
         for lin in {lin for ino in inodes for lin in self._state.directories_with(ino)}:
             record = self._state.record(lin)
             if record is not None:

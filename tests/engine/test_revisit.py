@@ -482,6 +482,38 @@ def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
     check(rig)
 
 
+@pytest.mark.parametrize("told", [None, "a name", "a number"])
+@pytest.mark.parametrize("then", ["removed", "left"])
+def test_a_known_file_that_cannot_be_read_under_a_name_that_goes(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch, told: str | None, then: str
+) -> None:
+    """What is known of its other names is as old as what was known of that one."""
+    for name in ("a", "b", "c"):
+        (rig.tree / name).mkdir()
+        (rig.tree / name / "file").write_text(name)
+    os.link(rig.tree / "a/file", rig.tree / "b/other")
+    time.sleep(0.05)  # so that nothing is read just because it is fresh
+    rig.sync()
+    (rig.tree / "a/file").write_text("changed")
+    time.sleep(0.05)
+    inodes: dict[int, Any] | None = None
+    if told == "a number":
+        inodes = {(rig.tree / "a/file").stat().st_ino: None}
+    tell(Changelist([DirChange(b"a", b"a", {b"file"})], inodes) if told else None)
+    with monkeypatch.context() as patch:
+        let_be_gone(patch, {b"file", b"other"})
+        assert rig.sync().unreadable == [(b"a/file", "is gone")]
+    changes = Changelist([DirChange(b"", b"", {b"a"})])
+    if then == "removed":
+        (rig.tree / "a/file").unlink()
+        changes.dirs.append(DirChange(b"a", b"a", {b"file"}))
+    else:
+        (rig.tree / "a").rename(rig.base / "outside")
+    tell(changes if told else None)
+    assert not rig.sync().unreadable
+    check(rig)
+
+
 def test_a_directory_that_is_gone_when_it_is_described_leaves_nothing_behind(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
