@@ -265,6 +265,36 @@ def test_who_says_that_nothing_changed_is_believed(rig: Rig) -> None:
     assert rig.notes == []
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("name", '{"path": "cache/deep/name", "kind": "changed"}'),
+        ("name", '{"path": "cache/deep/name", "kind": "created"}'),
+        ("moved", '{"path": "cache/deep/moved", "kind": "renamed", "from": "cache/deep/name"}'),
+    ],
+)
+def test_a_file_told_under_a_name_in_a_directory_that_is_left_out(
+    rig: Rig, name: str, line: str
+) -> None:
+    rig.filters = Filters(("cache/",))
+    place, file = rig.tree / "cache" / "deep", rig.tree / "d" / "f"
+    place.mkdir(parents=True)
+    (place / "both").write_text("out")
+    os.link(place / "both", place / "ways")
+    if "created" not in line:
+        os.link(file, place / "name")
+    rig.sync()
+    file.write_bytes(b"changed")
+    if "created" in line:
+        os.link(file, place / "name")
+    (place / "name").rename(place / name)
+    tell(rig, line, '{"path": "cache/deep/both", "kind": "changed"}', COMPLETE)
+    rig.sync()
+    assert rig.notes == []
+    found = contents_of_tree(rig.tree)
+    assert rig.contents(rig.history().snapshots[-1].number)[b"/d/f"] == found[b"/d/f"]
+
+
 CHANGED = '{"path": "d/f", "kind": "changed"}'
 BAD_CHANGES = (
     ([CHANGED], "", 'ended before it had said {"complete": true}'),
