@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
 from cloudfs.backup.job import Interrupted, SyncResult
+from cloudfs.core.changelist import merged
 from cloudfs.source.external import command, told
 from cloudfs.source.external.command import Commands
 from cloudfs.source.filters import Filters
@@ -387,6 +388,25 @@ def test_ranges_in_any_order_and_lines_cover_the_same_bytes(lines: list[Ranges])
     assert by_path is not None
     assert [at for start, end in by_path for at in range(start, end)] == sorted(wanted)
     assert told.read_told(lines_of({"lin": 7}, lines), "sh").inode_data[7] == by_path
+
+
+@pytest.mark.parametrize("count", [told.MAX_RANGES, 3 * told.MAX_RANGES])
+def test_a_line_for_each_range(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """What is joined is a few times what was told, and not its square."""
+    joined: list[int] = []
+
+    def counting(ranges: Ranges) -> Ranges:
+        joined.append(len(ranges))
+        return merged(ranges)
+
+    monkeypatch.setattr(told, "merged", counting)
+    lines: list[Ranges] = [[(at * 1000, 10)] for at in reversed(range(count))]
+    found = told.read_told(lines_of({"path": "f"}, lines), "sh").data[b"f"]
+    if count <= told.MAX_RANGES:
+        assert found == [(at * 1000, at * 1000 + 10) for at in range(count)]
+    else:
+        assert found is None, "it is read whole"
+    assert sum(joined) <= 3 * count
 
 
 def test_ranges_that_are_not_in_order_are_all_read(rig: Rig) -> None:
