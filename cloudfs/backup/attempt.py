@@ -381,6 +381,7 @@ class Attempt:
             self._signature,
             record.time_ns,
             again=sorted(walk.unread - {0}),
+            unvisited=sorted(walk.unvisited),
         )
 
     def _record(self, walk: Walk) -> SnapshotRecord:

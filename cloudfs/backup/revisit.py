@@ -9,9 +9,11 @@
    other names of files with several that have appeared: without them a file that got a further name
    would be taken for a new one, and one that lost a name for gone. Their directories may have moved
    with one above, so they come after the settling.
-4. Directories in which something could not be read last time are visited whole. So are those that
-   were not where the changelist had found them, in a tree that does not stand still: they may be
-   back before anybody hears of it.
+4. Directories in which something could not be read last time are visited whole; where they were not
+   looked into at all, so is all that is known below them. So are those that were not where the
+   changelist had found them, in a tree that does not stand still: they may be back before anybody
+   hears of it. In all these more may have changed than the changelist says, which counts from that
+   last time on, and what is on record may have been elsewhere by then.
 5. Much may be named. So others have their turn after each QUOTA names, and what cannot have moved
    is handed out during the walk, as in a scan.
 """
@@ -60,18 +62,20 @@ class Revisit(Walk):
             self._visit_top()
         if changes.inodes is not None:
             self._state.index_inodes()
+        again = self._again()
+        self.diff.behind = again.keys()
         todo = self._on_record()
         for inode in changes.elsewhere:
             self._in_doubt.update(self._known_names.directories(inode))
         further: dict[int, DirChange] = {}
+        for lin in again:
+            _either(lin, todo, further).whole = True
         for inode in changes.inodes or ():
             self._add_names(inode, todo, further)
         for inode in changes.looks:
             self._add_names(inode, todo, further, told=False)
         for inode in self._told_where_left_out():
             self._add_names(inode, todo, further)
-        for lin in self._state.head.again:
-            _either(lin, todo, further).whole = True
         for lin, change in todo.items():
             self._revisit(lin, change, further)
             self._take_turns()
@@ -89,6 +93,20 @@ class Revisit(Walk):
             further = later | self._found_again()
         self.unread.update(lin for lin in self._in_doubt if not self._is_gone(lin))
         self._finish()
+
+    def _again(self) -> dict[int, None]:
+        """The directories of rule 4, such as are below others after these."""
+        head = self._state.head
+        above = self._known_names.above
+        waiting = sorted(head.unvisited, key=lambda lin: -len(above(lin, {})))
+        found: dict[int, None] = {}
+        while waiting:
+            lin = waiting.pop()
+            record = self._state.record(lin)
+            if record is not None and lin not in found:
+                found[lin] = None
+                waiting.extend(below for _, below in record.subdirs)
+        return found | dict.fromkeys(head.again)
 
     def _linked(self) -> set[int]:
         """Inode numbers of files that appeared and may have other names on record."""
@@ -117,14 +135,18 @@ class Revisit(Walk):
     def _on_record(self) -> dict[int, DirChange]:
         """The changes in directories that are on record, by LIN."""
         found: dict[int, DirChange] = {}
+        behind = self.diff.behind
         for change in self._changes.dirs:
             top = not change.path or (self._roots.many and b"/" not in change.path)
             if change.old_path is not None:
                 lin = self._known_names.by_path(change.old_path)
+                if lin is not None and lin in behind and not self._same(lin, change.path):
+                    continue  # another one was there by then
             elif top:
                 lin = self._known_names.by_path(change.path)
             else:
-                known = self._known_names.directories(change.inode)
+                # One that is on record twice was elsewhere when the older place could not be read.
+                known = sorted(self._known_names.directories(change.inode), key=behind.__contains__)
                 lin = self._known_names.standing(known, change.path)
                 self._in_doubt.update(known if lin is None else ())
             # What is not on record is within something new, or left out of the backup.
@@ -155,9 +177,7 @@ class Revisit(Walk):
                 change.ranges.setdefault(name, []).extend(ranges)
 
     def _in_force(self, inodes: set[int]) -> Iterator[tuple[int, DirRecord]]:
-        if self._changes.inodes is None:
-            yield from super()._in_force(inodes)
-            return
+        self._state.index_inodes()
         for lin in {lin for ino in inodes for lin in self._state.directories_with(ino)}:
             record = self._state.record(lin)
             if record is not None:
@@ -246,8 +266,8 @@ class Revisit(Walk):
             self._gone[lin] = change
             return
         above = self._known_names.above(lin, self._moved)
-        if any(self._state.record(at) is None for at in above):
-            return  # likewise
+        if not self.unvisited.isdisjoint(above):
+            return  # it is visited with that one, next time
         for at in above:
             place = self._known_names.path(at, self._moved)
             if place and at not in self._looked_at_whole and not self._same(at, place):

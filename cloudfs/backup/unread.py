@@ -7,7 +7,8 @@
    tried is reported.
 2. What could not be read is noted in the records, and the next sync looks at its directories again;
    so it does at those that hold other names of a file, or the missing name would be taken for
-   another file when it is there again.
+   another file when it is there again. A file of several names that is on record is noted under
+   each of them: any may be gone by then.
 3. A directory that is not in the snapshot after all has no record, nor has what is below it.
 """
 
@@ -35,6 +36,7 @@ class Unread:
         self._absent: dict[int, dict[bytes, bool]] = {}  # by directory: names, whether new
         self._left: dict[int, list[Place]] = {}  # names of new files that were not tried
         self._holding: set[int] = set()  # directories of such names
+        self._linked: dict[int, int] = {}  # inode numbers of files on record with several names
         self.given_up: list[Meta] = []  # rows of files that no name leads to
 
     def take(self, absent: Iterable[Absent]) -> list[DirTask]:
@@ -42,9 +44,12 @@ class Unread:
         failed: dict[int, Stat] = {}
         for item in absent:
             self._absent.setdefault(item.directory, {})[item.stat.name] = item.new
-            linked = item.stat.nlink > 1 and not item.stat.is_dir
-            if linked and item.lin >= self._packing.first_new_lin:
+            if item.stat.nlink == 1 or item.stat.is_dir:
+                continue
+            if item.lin >= self._packing.first_new_lin:
                 failed[item.lin] = item.stat
+            else:
+                self._linked[item.lin] = item.stat.ino
         self._find_names({lin for lin in failed if lin not in self._left})
         return [task for lin, stat in failed.items() for task in self._next(lin, stat)]
 
@@ -94,6 +99,7 @@ class Unread:
     def mark(self) -> None:
         """Rules 2 and 3. To be called when all is read."""
         walk, snapshot = self._walk, self._packing.snapshot
+        self._note_all_names()
         again = self._holding | self._absent.keys()
         walk.unread.update(again)
         for lin in again:
@@ -109,3 +115,20 @@ class Unread:
             record.mark_unread(absent, names.keys() - absent)
             walk.counts.add(record.counts)
             self._state.put_records(snapshot, [(lin, record)])
+
+    def _note_all_names(self) -> None:
+        """Rule 2, for files on record: of names that were not tried, an older state stays too."""
+        if not self._linked:
+            return
+        walk, untouched = self._walk, []
+        changed = set(walk.changed)
+        for directory, record in walk.standing(set(self._linked.values())):
+            stats = decode_listing(record.listing)
+            entries = zip(stats, expand(record.lins), strict=True)
+            names = {stat.name: False for stat, lin in entries if lin in self._linked}
+            if names:
+                self._absent[directory] = names | self._absent.get(directory, {})
+                if directory not in changed:
+                    untouched.append((directory, record))
+        walk.changed.extend(directory for directory, _ in untouched)
+        self._state.put_records(self._packing.snapshot, untouched)

@@ -75,6 +75,7 @@ class Walk:
         self.items_seen = 0
         self.errors: list[tuple[bytes, str]] = []
         self.unread: set[int] = set()  # directories in which something could not be looked at
+        self.unvisited: set[int] = set()  # of these: such that could not be looked into at all
         self.changed: list[int] = []
         self.made_up: list[Meta | Entry] = []
         self._staged: list[tuple[int, DirRecord | None]] = []
@@ -249,8 +250,10 @@ class Walk:
             self.unread.add(lin)
 
     def _unread(self, lin: int) -> None:
-        """A directory that could not be read: what was known of it stays, a new one is empty."""
+        """A directory that could not be read: what was known of it and of what is below it stays,
+        a new one is empty."""
         self.unread.add(lin)
+        self.unvisited.add(lin)
         if self._state.record(lin) is None:
             self._stage(lin, DirRecord(b"", b"\x90", [], [], Counts()))
             self.changed.append(lin)
@@ -316,24 +319,24 @@ class Walk:
         more = bool(doubtful)
         while more:  # what is in a directory that is kept is not gone with it
             lins, found = sorted(doubtful), set[int]()
-            for record in self._standing(set(doubtful.values())):
+            for _, record in self.standing(set(doubtful.values())):
                 for first, count in record.lins:
                     found.update(lins[bisect_left(lins, first) : bisect_left(lins, first + count)])
             self.diff.keep(found)
             doubtful = {lin: ino for lin, ino in doubtful.items() if lin not in found}
             more = every and bool(doubtful and found)
 
-    def _standing(self, inodes: set[int]) -> Iterator[DirRecord]:
+    def standing(self, inodes: set[int]) -> Iterator[tuple[int, DirRecord]]:
         """The records, as they are to be, of directories that are there, if they hold any of these
         inode numbers."""
         looked_at, is_gone = set(self.changed), self.diff.vanished.is_gone
         for lin in looked_at:
             record = self._state.staged(lin, self._snapshot)
             if record is not None and not is_gone(lin):
-                yield record
+                yield lin, record
         for lin, record in self._in_force(inodes):
             if lin not in looked_at and not is_gone(lin):
-                yield record
+                yield lin, record
 
     def _in_force(self, _inodes: set[int]) -> Iterator[tuple[int, DirRecord]]:
         return self._state.all_records()
@@ -348,6 +351,7 @@ class Walk:
                 self.counts.add(record.counts, -1)
                 self.changed.append(lin)
                 self.unread.discard(lin)
+                self.unvisited.discard(lin)
                 self._stage(lin, None)
                 waiting.extend(below for _, below in record.subdirs)
         self._flush()

@@ -35,7 +35,7 @@ The first backup has no records: LINs are given at once and listings go through 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -106,6 +106,8 @@ class TreeDiff:
         self._as_recorded: dict[int, Stat] = {}  # of several names, where one looked so
         self._alive: set[int] = set()
         self.with_further_names: dict[int, bytes] = {}  # directories, and their paths
+        # Directories on record of which more may have changed than what scans are told of.
+        self.behind: Set[int] = frozenset()
 
     @property
     def waiting(self) -> int:
@@ -187,6 +189,8 @@ class TreeDiff:
         before = record.by_name() if record is not None else {}
         doubtful = set(record.doubtful) if record is not None else set()
         mapped, told = set(scan.mapped), set(scan.told)
+        if scan.lin in self.behind:
+            scan.ranges.clear()
         visits: list[Visit] = []
         for index, stat in enumerate(stats):
             old = before.pop(stat.name, None)
@@ -198,16 +202,13 @@ class TreeDiff:
                     visits.append(_visit(old[2], scan, stat))
                 continue
             if old is not None:
-                doubted = old[0] in doubtful
-                self.vanished.add(
-                    Vanished(scan.lin, old[2], old[1], replaced=True, doubtful=doubted)
-                )
+                self.vanished.add(Vanished(scan.lin, old[2], old[1], replaced=True))
                 if stat.is_file and old[1].is_file:
                     changed.bases[index] = old[2]
             appeared = _Appeared(changed, index, stat)
             (self._appeared_dirs if stat.is_dir else self._appeared_files).append(appeared)
-        for index, stat, lin in before.values():
-            self.vanished.add(Vanished(scan.lin, lin, stat, doubtful=index in doubtful))
+        for _, stat, lin in before.values():
+            self.vanished.add(Vanished(scan.lin, lin, stat))
         return visits
 
     def _take_known(
@@ -329,7 +330,7 @@ class TreeDiff:
             self.tally.moved += 1
             directory.bases[item.index] = lin
             # Where numbers are used again, it may be another file that is like it.
-            if old.doubtful or not self._stable_inodes:
+            if old.parent in self.behind or not self._stable_inodes:
                 directory.scan.ranges.pop(item.index, None)
         else:
             self.tally.new += 1

@@ -27,7 +27,6 @@ class Vanished:
     stat: Stat
     replaced: bool = False  # another item has the name now
     with_parent: bool = False  # it went with the directory it was in
-    doubtful: bool = False  # it may be another than on record, whatever lstat says
 
 
 class VanishedItems:
@@ -83,9 +82,8 @@ class VanishedItems:
             record = lookup(lin)
             if record is None:
                 continue
-            doubtful = set(record.doubtful)
-            for index, stat, child in record.by_name().values():
-                self.add(Vanished(lin, child, stat, with_parent=True, doubtful=index in doubtful))
+            for _, stat, child in record.by_name().values():
+                self.add(Vanished(lin, child, stat, with_parent=True))
         return bool(fresh)
 
     def is_gone(self, lin: int) -> bool:

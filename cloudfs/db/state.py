@@ -43,6 +43,7 @@ class Head(msgspec.Struct, array_like=True):
     taken_ns: int = 0  # when the snapshot was taken: numbers are given again after a rollback
     unread: bool = False  # of old: something could not be read, nobody knows where, so scan
     again: list[int] = []  # LINs of directories in which something could not be read
+    unvisited: list[int] = []  # those of them that were not looked into, nor what is below them
 
 
 _head_decoder = msgspec.msgpack.Decoder(Head)

@@ -11,6 +11,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import strategies as hs
@@ -23,6 +24,7 @@ from cloudfs.source.btrfs import session
 from cloudfs.source.btrfs.subvolume import ROOT_INODE
 from cloudfs.source.filters import Filters
 from cloudfs.source.roots import HOLDING
+from cloudfs.source.scan import Scanner
 from cloudfs.source.state import SourceState
 from tests.engine import btrfs
 from tests.engine.rig import LeftOut, Rig, contents_of_tree, difference
@@ -214,6 +216,39 @@ def test_a_file_that_could_not_be_read_and_then_moved(
     path.rename(rig.tree / "moved")
     if left:
         path.parent.rmdir()
+    rig.sync()
+    assert not rig.notes
+    number = rig.history().snapshots[-1].number
+    assert not difference(rig.contents(number), contents_of_tree(rig.tree))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_file_in_a_directory_that_a_scan_could_not_list(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, *, moved: bool
+) -> None:
+    """The ranges that are told later begin after what that scan passed over."""
+    path = rig.tree / "above/below/file"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(os.urandom(400_000))
+    rig.sync()
+    with path.open("r+b") as file:
+        file.write(b"changed")
+    rig.filters = Filters(excludes=("another",))  # so the tree is scanned
+    real = Scanner.visit
+    with monkeypatch.context() as patch:
+
+        def fail(self: Scanner, lin: int, path: bytes, *rest: Any) -> object:
+            if path == b"above":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(self, lin, path, *rest)
+
+        patch.setattr(Scanner, "visit", fail)
+        assert [path for path, _ in rig.sync().unreadable] == [b"above"]
+    with path.open("r+b") as file:
+        file.seek(300_000)
+        file.write(b"changed as well")
+    if moved:
+        path.rename(rig.tree / "moved")
     rig.sync()
     assert not rig.notes
     number = rig.history().snapshots[-1].number

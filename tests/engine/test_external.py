@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cloudfs.backup import packs
 from cloudfs.backup.job import Interrupted, SyncResult
+from cloudfs.core.changelist import merged
 from cloudfs.source.external import command, told
 from cloudfs.source.external.command import Commands
 from cloudfs.source.filters import Filters
@@ -265,6 +266,36 @@ def test_who_says_that_nothing_changed_is_believed(rig: Rig) -> None:
     assert rig.notes == []
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("name", '{"path": "cache/deep/name", "kind": "changed"}'),
+        ("name", '{"path": "cache/deep/name", "kind": "created"}'),
+        ("moved", '{"path": "cache/deep/moved", "kind": "renamed", "from": "cache/deep/name"}'),
+    ],
+)
+def test_a_file_told_under_a_name_in_a_directory_that_is_left_out(
+    rig: Rig, name: str, line: str
+) -> None:
+    rig.filters = Filters(("cache/",))
+    place, file = rig.tree / "cache" / "deep", rig.tree / "d" / "f"
+    place.mkdir(parents=True)
+    (place / "both").write_text("out")
+    os.link(place / "both", place / "ways")
+    if "created" not in line:
+        os.link(file, place / "name")
+    rig.sync()
+    file.write_bytes(b"changed")
+    if "created" in line:
+        os.link(file, place / "name")
+    (place / "name").rename(place / name)
+    tell(rig, line, '{"path": "cache/deep/both", "kind": "changed"}', COMPLETE)
+    rig.sync()
+    assert rig.notes == []
+    found = contents_of_tree(rig.tree)
+    assert rig.contents(rig.history().snapshots[-1].number)[b"/d/f"] == found[b"/d/f"]
+
+
 CHANGED = '{"path": "d/f", "kind": "changed"}'
 BAD_CHANGES = (
     ([CHANGED], "", 'ended before it had said {"complete": true}'),
@@ -357,6 +388,25 @@ def test_ranges_in_any_order_and_lines_cover_the_same_bytes(lines: list[Ranges])
     assert by_path is not None
     assert [at for start, end in by_path for at in range(start, end)] == sorted(wanted)
     assert told.read_told(lines_of({"lin": 7}, lines), "sh").inode_data[7] == by_path
+
+
+@pytest.mark.parametrize("count", [told.MAX_RANGES, 3 * told.MAX_RANGES])
+def test_a_line_for_each_range(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """What is joined is a few times what was told, and not its square."""
+    joined: list[int] = []
+
+    def counting(ranges: Ranges) -> Ranges:
+        joined.append(len(ranges))
+        return merged(ranges)
+
+    monkeypatch.setattr(told, "merged", counting)
+    lines: list[Ranges] = [[(at * 1000, 10)] for at in reversed(range(count))]
+    found = told.read_told(lines_of({"path": "f"}, lines), "sh").data[b"f"]
+    if count <= told.MAX_RANGES:
+        assert found == [(at * 1000, at * 1000 + 10) for at in range(count)]
+    else:
+        assert found is None, "it is read whole"
+    assert sum(joined) <= 3 * count
 
 
 def test_ranges_that_are_not_in_order_are_all_read(rig: Rig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from cloudfs.source.scan import Scanner
 from tests.engine import loops
 from tests.engine.rig import Rig, contents_of_tree, difference
 
-Tell = Callable[[Changelist], None]
+Tell = Callable[[Changelist | None], None]
 
 
 @pytest.fixture
@@ -33,19 +34,18 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 @pytest.fixture
 def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
-    """Sets what the source says at each of the following syncs."""
+    """Sets what the source says at each of the following syncs; None: nothing, so they scan."""
     import contextlib
 
-    said = Changelist()
+    said: list[Changelist | None] = [Changelist()]
 
     def ready(job: engine.SyncJob, *_: object) -> contextlib.AbstractContextManager[Ready]:
-        return contextlib.nullcontext(Ready("told", job.settings.sources, changes=said))
+        return contextlib.nullcontext(Ready("told", job.settings.sources, changes=said[0]))
 
     monkeypatch.setattr(engine, "_ready", ready)
 
-    def setting(changes: Changelist) -> None:
-        said.dirs, said.inodes, said.reread = changes.dirs, changes.inodes, changes.reread
-        said.looks = changes.looks
+    def setting(changes: Changelist | None) -> None:
+        said[0] = changes
 
     return setting
 
@@ -150,6 +150,71 @@ def test_a_directory_that_could_not_be_listed_is_listed_next_time(
     tell(Changelist([DirChange(b"", b"", {b"new", b"moved"})]))
     assert not rig.sync().unreadable
     assert not rig.notes
+    check(rig)
+
+
+@pytest.mark.parametrize("then", ["nothing", "moved", "taken apart", "exchanged", "again"])
+def test_what_is_below_a_directory_that_a_scan_could_not_list(
+    rig: Rig, tell: Tell, listed: list[bytes], monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Nothing of it was looked at by then, and what is told later begins there."""
+    known, names = rig.tree / "known", {b"known"}
+    for path in ("known/sub/deep/file", "known/other/file", "beside/below/file"):
+        (rig.tree / path).parent.mkdir(parents=True)
+        (rig.tree / path).write_text(path)
+    rig.sync()
+    (known / "sub/deep/file").write_text("changed")
+    if then == "exchanged":
+        for old, new in (("sub", "aside"), ("other", "sub"), ("aside", "other")):
+            (known / old).rename(known / new)
+    tell(None)
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch, {b"known"})
+        assert rig.sync().unreadable == [(b"known", "permission denied")]
+        tell(Changelist())
+        if then == "again":
+            assert rig.sync().unreadable == [(b"known", "permission denied")]
+    told = []
+    if then == "moved":
+        known.rename(rig.tree / "moved")
+        names.add(b"moved")
+    elif then == "taken apart":
+        (known / "sub").rename(rig.tree / "beside/sub")
+        shutil.rmtree(known)
+        names.add(b"beside")
+        told = [DirChange(b"beside", b"beside", {b"sub"})]
+    elif then == "exchanged":
+        (known / "sub/file").write_text("changed, too")
+        told = [DirChange(b"known/sub", b"known/sub", {b"file"})]
+    tell(Changelist([DirChange(b"", b"", names), *told]))
+    listed.clear()
+    assert not rig.sync().unreadable
+    assert not rig.notes
+    assert not any(path.startswith(b"beside/below") for path in listed)
+    check(rig)
+    listed.clear()
+    tell(Changelist())
+    assert rig.sync().snapshot is None
+    assert listed == []
+
+
+def test_a_directory_that_is_on_record_twice(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was could not be listed when it was found where it is."""
+    (rig.tree / "known/sub").mkdir(parents=True)
+    (rig.tree / "known/sub/file").write_text("file")
+    (rig.tree / "other").mkdir()
+    rig.sync()
+    (rig.tree / "known/sub").rename(rig.tree / "other/sub")
+    tell(None)
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch, {b"known"})
+        assert rig.sync().unreadable == [(b"known", "permission denied")]
+    (rig.tree / "other/sub/file").write_text("changed")
+    inode = (rig.tree / "other/sub").stat().st_ino
+    tell(Changelist([DirChange(b"other/sub", None, {b"file"}, inode=inode)], {}, True))
+    assert not rig.sync().unreadable
     check(rig)
 
 
@@ -413,6 +478,38 @@ def test_a_new_file_that_is_gone_from_the_name_by_which_it_was_to_be_read(
     assert b"/a/one" not in found
     if len(gone) < 3:
         assert b"data" * 3000 in cast(tuple[object, ...], found[b"/b/two"])
+    assert not rig.sync().unreadable
+    check(rig)
+
+
+@pytest.mark.parametrize("told", [None, "a name", "a number"])
+@pytest.mark.parametrize("then", ["removed", "left"])
+def test_a_known_file_that_cannot_be_read_under_a_name_that_goes(
+    rig: Rig, tell: Tell, monkeypatch: pytest.MonkeyPatch, told: str | None, then: str
+) -> None:
+    """What is known of its other names is as old as what was known of that one."""
+    for name in ("a", "b", "c"):
+        (rig.tree / name).mkdir()
+        (rig.tree / name / "file").write_text(name)
+    os.link(rig.tree / "a/file", rig.tree / "b/other")
+    time.sleep(0.05)  # so that nothing is read just because it is fresh
+    rig.sync()
+    (rig.tree / "a/file").write_text("changed")
+    time.sleep(0.05)
+    inodes: dict[int, Any] | None = None
+    if told == "a number":
+        inodes = {(rig.tree / "a/file").stat().st_ino: None}
+    tell(Changelist([DirChange(b"a", b"a", {b"file"})], inodes) if told else None)
+    with monkeypatch.context() as patch:
+        let_be_gone(patch, {b"file", b"other"})
+        assert rig.sync().unreadable == [(b"a/file", "is gone")]
+    changes = Changelist([DirChange(b"", b"", {b"a"})])
+    if then == "removed":
+        (rig.tree / "a/file").unlink()
+        changes.dirs.append(DirChange(b"a", b"a", {b"file"}))
+    else:
+        (rig.tree / "a").rename(rig.base / "outside")
+    tell(changes if told else None)
     assert not rig.sync().unreadable
     check(rig)
 

@@ -11,7 +11,7 @@ as the records have it, and the new one, at each place that is named and nowhere
 3. A directory that vanished takes along what was in it; one that appeared where nothing told of a
    rename, with the inode and birth time of one that vanished, has moved, and is compared whole.
 4. A file of several names is one file: when one of its names is looked at, all are, which are found
-   in the records.
+   in the records. So it is when it is told of under a name in a directory that is left out.
 5. What contradicts itself or the two trees ends in a SourceError, and the snapshot is scanned.
 """
 
@@ -63,6 +63,7 @@ class Resolver:
         self._fresh: dict[int, list[bytes]] = {}  # new directories, by inode
         self._link_lins: set[int] = set()
         self._links: dict[int, set[bytes]] = {}  # names seen of inodes with several
+        self._links_left_out: dict[int, set[bytes]] = {}  # names told where they are left out
         self._link_counts: dict[int, int] = {}
         self._linked: tuple[set[int], set[int]] = set(), set()  # whose names were looked for
         self._seen: set[int] = set()
@@ -123,6 +124,10 @@ class Resolver:
                 self._todo.append((directory, name))
             if names_changed and directory:
                 self._look(directory)
+        elif self._excluded(directory):
+            now = self._new.lstat(path)
+            if now is not None and now.st_nlink > 1 and not st.S_ISDIR(now.st_mode):
+                self._links_left_out.setdefault(now.st_ino, set()).add(path)
 
     def _look_before(self, path: bytes) -> None:
         """Look at a place where something was: in its directory, wherever that is now."""
@@ -333,7 +338,8 @@ class Resolver:
     def _look_at_links(self) -> bool:
         """Look at all names, on record, of the files of several that were met; False when no more
         were met since."""
-        lins, inodes = self._link_lins - self._linked[0], set(self._links) - self._linked[1]
+        lins = self._link_lins - self._linked[0]
+        inodes = (self._links.keys() | self._links_left_out.keys()) - self._linked[1]
         if not lins and not inodes:
             return False
         self._linked[0].update(lins)
@@ -356,7 +362,8 @@ class Resolver:
         for inode, paths in self._fresh.items():
             if any(self._moved(path, inode) is not None for path in paths):
                 raise SourceError(f"{shown(paths[0])} moved, which was not told.")
-        for inode, names in self._links.items():
+        for inode, backed_up in self._links.items():
+            names = backed_up | self._links_left_out.get(inode, set())
             if len(names) < self._link_counts[inode] and not self._unique:
                 raise SourceError(f"{shown(min(names))} has names that are not told nor on record.")
         for inode, kinds in self._told.inodes.items():

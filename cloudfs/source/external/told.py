@@ -36,7 +36,7 @@ _LAST_BYTE = 1 << 62
 Kind = Literal["changed", "created", "deleted", "renamed", "attributes"]
 Ranges = list[Range] | None
 """Where the data of a file can be others: [start, end) of each stretch, sorted and apart from each
-other; None for everywhere."""
+other once all is told; None for everywhere."""
 
 
 class Line(msgspec.Struct):
@@ -94,14 +94,19 @@ class Told:
             if self.renamed.setdefault(path, origin) != origin:
                 raise ValueError("it was renamed from two places")
         if line.kind == "changed" or (line.kind == "renamed" and line.ranges is not None):
-            _join_ranges(self.data, path, ranges)
+            _add_ranges(self.data, path, ranges)
+
+    def end(self) -> None:
+        """All was told."""
+        self.data = {path: _joined(ranges) for path, ranges in self.data.items()}
+        self.inode_data = {ino: _joined(ranges) for ino, ranges in self.inode_data.items()}
 
     def _take_inode(self, line: Line, kind: Kind, ranges: Ranges) -> None:
         if line.lin is None or line.lin <= 0:
             raise ValueError("it has neither path nor lin")
         self.inodes.setdefault(line.lin, set()).add(kind)
         if kind == "changed":
-            _join_ranges(self.inode_data, line.lin, ranges)
+            _add_ranges(self.inode_data, line.lin, ranges)
 
 
 def read_told(lines: Iterable[bytes], name: str) -> Told:
@@ -130,6 +135,7 @@ def read_told(lines: Iterable[bytes], name: str) -> Told:
             raise SourceError(f"{name} printed {shown} in line {number}: {error}.") from None
     if not complete:
         raise SourceError(f'{name} ended before it had said {{"complete": true}}.')
+    told.end()
     return told
 
 
@@ -184,13 +190,22 @@ def _ranges(given: list[tuple[int, int]] | None) -> Ranges:
     return found
 
 
-def _join_ranges(
+def _add_ranges(
     known: dict[bytes, Ranges] | dict[int, Ranges], key: bytes | int, more: Ranges
 ) -> None:
     data: dict[bytes | int, Ranges] = known  # type: ignore[assignment]  # either kind of key
-    before = data.get(key, [])
+    before = data.setdefault(key, [])
     if before is None or more is None:
         data[key] = None
         return
-    both = merged([*before, *more])
-    data[key] = both if len(both) <= MAX_RANGES else None
+    before.extend(more)
+    if len(before) > 2 * MAX_RANGES:  # not sooner: there may be a line for each
+        data[key] = _joined(before)
+
+
+def _joined(ranges: Ranges) -> Ranges:
+    """The same ranges, sorted and apart from each other; None if they are too many."""
+    if ranges is None:
+        return None
+    found = merged(ranges)
+    return found if len(found) <= MAX_RANGES else None
