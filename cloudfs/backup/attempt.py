@@ -382,6 +382,7 @@ class Attempt:
             record.time_ns,
             again=sorted(walk.unread - {0}),
             unvisited=sorted(walk.unvisited),
+            apart=self._state.head.apart or bool(walk.unvisited),
         )
 
     def _record(self, walk: Walk) -> SnapshotRecord:

@@ -74,7 +74,7 @@ class Revisit(Walk):
             self._add_names(inode, todo, further)
         for inode in changes.looks:
             self._add_names(inode, todo, further, told=False)
-        for inode in self._told_where_left_out():
+        for inode in self._told_of_one_name():
             self._add_names(inode, todo, further)
         for lin, change in todo.items():
             self._revisit(lin, change, further)
@@ -121,13 +121,19 @@ class Revisit(Walk):
             self._state.index_inodes()
         return lacking
 
-    def _told_where_left_out(self) -> set[int]:
-        """Inode numbers of files of which a change was told under a name that is left out, and
-        which may have others that are not; for a source that tells of one name only."""
-        if self._changes.inodes is not None or not self._scanner.filters.by_name:
+    def _told_of_one_name(self) -> set[int]:
+        """Inode numbers of files of which a change was told under one name, by a source that tells
+        of no other, and of which others may be on record apart from it: where it is left out, or
+        where one came while the directory of another could not be looked into."""
+        apart, filters = self._state.head.apart, self._scanner.filters
+        if self._changes.inodes is not None or not (apart or filters.by_name):
             return set()
-        links = self._scanner.links_left_out
-        found = {i for change in self._changes.dirs for i in links(change.path, change.names)}
+        links = self._scanner.links_among
+        found = {
+            inode
+            for change in self._changes.dirs
+            for inode in links(change.path, change.names, left_out=not apart)
+        }
         if found:
             self._state.index_inodes()
         return found

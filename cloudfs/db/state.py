@@ -44,6 +44,7 @@ class Head(msgspec.Struct, array_like=True):
     unread: bool = False  # of old: something could not be read, nobody knows where, so scan
     again: list[int] = []  # LINs of directories in which something could not be read
     unvisited: list[int] = []  # those of them that were not looked into, nor what is below them
+    apart: bool = False  # files may be on record as several, each with some of their names
 
 
 _head_decoder = msgspec.msgpack.Decoder(Head)

@@ -23,13 +23,16 @@ REFRESH_FAR_S = 5.0
 """How old the list of snapshots may be, where looking is free and where it is a request."""
 
 
-def open_view(job: MountJob, *, first_slot: int = 1) -> tuple[View, PatientStore]:
+def open_view(
+    job: MountJob, *, first_slot: int = 1, retry_s: float = RETRY_S
+) -> tuple[View, PatientStore]:
     """The view of a job's backups, and the store under it, which one thread can be kept from using.
+    A read of a store that is down fails after ``retry_s``.
 
     Asks the store for nothing. ``first_slot``: see :class:`Tree`.
     """
     given = job.opening
-    options = replace(given.options, retry_s=min(given.options.retry_s, RETRY_S))
+    options = replace(given.options, retry_s=min(given.options.retry_s, retry_s))
     store = PatientStore(open_store(given.url, options))
     local = LocalState(given.cache_dir, given.state_dir)
     repository = Repository.reopen(store, given.opening, local)

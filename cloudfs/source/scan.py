@@ -293,15 +293,11 @@ class Scanner:
             found.signature = b""
         return found
 
-    def links_left_out(self, path: bytes, names: set[bytes]) -> list[int]:
-        """The inode numbers of those files of several names that are left out, of names in a
-        directory; it may be that it is not there."""
-        below = self.roots.parted(path)[1]
-        prefix, matcher = below + b"/" if below else b"", self._matcher
-        if not self.leaves_out(path) and not (self.filters.by_tag and self._holds_tag(path)):
-            if matcher is None:
-                return []
-            names = {name for name in names if matcher.excludes(prefix + name, is_dir=False)}
+    def links_among(self, path: bytes, names: set[bytes], *, left_out: bool) -> list[int]:
+        """The inode numbers of the files of several names among names in a directory, which may not
+        be there: of all, or of what is ``left_out``."""
+        if left_out:
+            names = self._left_out_of(path, names)
         found = []
         with contextlib.suppress(OSError):
             fd = self.roots.open(path)
@@ -314,6 +310,15 @@ class Scanner:
             finally:
                 os.close(fd)
         return found
+
+    def _left_out_of(self, path: bytes, names: set[bytes]) -> set[bytes]:
+        if self.leaves_out(path) or (self.filters.by_tag and self._holds_tag(path)):
+            return names
+        if self._matcher is None:
+            return set()
+        below = self.roots.parted(path)[1]
+        prefix, excludes = below + b"/" if below else b"", self._matcher.excludes
+        return {name for name in names if excludes(prefix + name, is_dir=False)}
 
     def leaves_out(self, path: bytes) -> bool:
         """Whether the filters leave a directory out, or one above it."""

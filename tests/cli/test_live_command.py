@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +107,64 @@ def test_mistakes_are_undone_by_copying_within_the_mount(live: Machine, tree: Pa
     with pytest.raises(OSError, match=r"Read-only|not permitted|denied"):
         (backups / "another").mkdir()
     assert not (tree / "papers" / ".snapshot" / "never").exists()
+
+
+@pytest.fixture
+def shared(machine: Machine, repo: str) -> Iterator[Path]:
+    """A tree that all users may enter, mounted live and synced: in it one user's own directory, and
+    a program that is setuid."""
+    top = Path(tempfile.mkdtemp(prefix="cloudfs-shared-", dir="/dev/shm"))
+    docs = top / "share" / "first" / "docs"
+    docs.mkdir(parents=True)
+    (docs / "plan").write_text("secret")
+    (top / "program").write_text("")
+    (top / "program").chmod(0o4755)
+    os.setxattr(top / "program", "security.capability", CAPABILITY)
+    for path, mode in ((top, 0o755), (top / "share", 0o1777), (docs.parent, 0o700), (docs, 0o755)):
+        path.chmod(mode)
+    os.chown(docs.parent, *[FIRST] * 2)
+    machine.run("policy", "create", "home", "--source", top, "--repo", repo, "--snapshot", "live")
+    machine.run("mount", "--live", "home")
+    machine.run("sync", "home")
+    yield top
+    machine.run("umount", top, "--lazy")
+    shutil.rmtree(top)
+
+
+FIRST, SECOND = 1001, 1002
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
+
+
+def listed_by(user: int, place: Path) -> list[str] | None:
+    """What a user sees in a directory; None where he may not."""
+    done = subprocess.run(
+        ["ls", f"{place}/"], user=user, group=user, extra_groups=[], capture_output=True, text=True,
+        check=False, cwd="/",
+    )  # fmt: skip
+    return done.stdout.split() if done.returncode == 0 else None
+
+
+def test_backups_are_shown_to_whom_could_have_walked_there(shared: Path) -> None:
+    """Not to somebody who made directories of these names since."""
+    docs = shared / "share" / "first" / "docs"
+    assert listed_by(FIRST, docs / ".snapshot/latest") == ["plan"]
+    assert listed_by(SECOND, docs / ".snapshot/latest") is None
+    docs.parent.rename(shared / "share" / "old")
+    docs.mkdir(parents=True)
+    docs.parent.chmod(0o755)
+    assert listed_by(0, docs / ".snapshot/latest") == ["plan"]
+    assert listed_by(FIRST, docs / ".snapshot/latest") == ["plan"]
+    assert listed_by(SECOND, docs / ".snapshot") == []
+    assert listed_by(SECOND, docs / ".snapshot/latest") is None
+    assert len(listed_by(SECOND, shared / "share" / ".snapshot") or ()) == 2
+
+
+def test_backups_give_no_rights(shared: Path) -> None:
+    program = shared / ".snapshot" / "latest" / "program"
+    assert program.stat().st_mode == stat.S_IFREG | 0o755
+    with pytest.raises(OSError, match="No data"):
+        os.getxattr(program, "security.capability")
+    assert (shared / "program").stat().st_mode == stat.S_IFREG | 0o4755
 
 
 def test_new_directories_have_no_backups_yet(live: Machine, tree: Path) -> None:

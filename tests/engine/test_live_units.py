@@ -23,7 +23,7 @@ from cloudfs.db.marked import MarkedSet, Marks
 from cloudfs.fuse.live import tree as trees
 from cloudfs.fuse.live.caller import By, without
 from cloudfs.fuse.live.files import OpenFiles
-from cloudfs.fuse.live.freeze import CHUNK, Freeze
+from cloudfs.fuse.live.freeze import CHUNK, Freeze, Full
 from cloudfs.fuse.live.frozen import FrozenTree
 from cloudfs.fuse.live.inodes import Inode, Inodes
 from cloudfs.fuse.live.tree import LiveTree, Wanted
@@ -398,6 +398,49 @@ class Freezing(RuleBasedStateMachine):
         finally:
             os.close(self.inodes.root.fd)
             shutil.rmtree(self.base)
+
+
+def test_nobody_waits_before_the_freeze_is_reached_and_after_it_was_given_up(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 * CHUNK))
+    inodes = Inodes(os.open(tmp_path, os.O_PATH | os.O_DIRECTORY), 1000)
+    file = inodes.look_up(inodes.root, b"file")[0]
+    freeze = Freeze(
+        1, inodes, CHUNK, waits=True, wanted=None, block_size=CHUNK, touched=Touched(),
+        store_fd=lambda: os.open(tmp_path, os.O_TMPFILE | os.O_RDWR),
+    )  # fmt: skip
+    freeze.keep_chunks(file, [0, 1])
+    freeze.reached = True
+    with pytest.raises(Full):
+        freeze.keep_chunks(file, [2])
+    assert not freeze.released.is_set()
+    freeze.give_up("as this test wants it")
+    assert freeze.released.is_set()
+    assert freeze.missing(file, 0, 4 * CHUNK) == []
+    freeze.end()
+
+
+def test_the_number_of_an_item_that_was_given_up_is_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To another one, which is known by it in marks and snapshots."""
+    inodes = Inodes(os.open(tmp_path, os.O_PATH | os.O_DIRECTORY), 1000)
+    for name in ("gone", "known", "new"):
+        (tmp_path / name).write_text(name)
+    gone, known = (inodes.look_up(inodes.root, name)[0] for name in (b"gone", b"known"))
+    known.lookups = 1
+    for inode in (gone, known):
+        inode.pins += 1
+        inodes.abandon(inode)
+    assert (gone.fd, known.fd >= 0) == (-1, True)
+    monkeypatch.setattr(inodes, "number_of", lambda status: gone.number)
+    new = inodes.take(os.open(tmp_path / "new", os.O_PATH))[0]
+    assert new is not gone
+    assert new.number == gone.number
+    new.lookups = 1
+    inodes.unpin(gone)
+    assert inodes.get(gone.number) is new
 
 
 def test_what_is_frozen_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

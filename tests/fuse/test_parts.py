@@ -14,7 +14,7 @@ import pyfuse3
 import pytest
 import trio
 
-from cloudfs.core.errors import Damaged
+from cloudfs.core.errors import Damaged, Unavailable
 from cloudfs.core.rows import Entry, ItemType, Meta
 from cloudfs.fuse.inodes import lin_ino
 from cloudfs.fuse.listing import BATCH, SnapshotListing
@@ -111,6 +111,29 @@ def test_only_one_thread_may_not_wait(bench: Bench, tmp_path: Path) -> None:
     thread.join()
     assert found[0].startswith(b"{")
     assert store.counts().gets == 2
+
+
+def test_a_store_that_is_down_is_not_asked_again_at_once(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    bench.sync(tmp_path / "tree")
+    now_s = 0.0
+    opened = open_store(bench.url, bench.options)
+    store = PatientStore(opened, lambda: now_s)
+    get, asked = opened.get, []
+
+    def fail(name: str, *_others: object) -> bytes:
+        asked.append(name)
+        raise Unavailable("it does not answer.")
+
+    opened.get = fail  # type: ignore[method-assign,assignment]
+    for now_s in (0.0, 1.0, 4.9, 5.0):
+        with pytest.raises(Unavailable, match="does not answer"):
+            store.get(f"{now_s}")
+    assert asked == ["0.0", "5.0"]
+    opened.get = get  # type: ignore[method-assign]
+    now_s = 11.0
+    assert store.get("cloudfs.json")
+    assert store.get("cloudfs.json")
 
 
 def test_small_files_cost_a_request_for_many(bench: Bench, tmp_path: Path) -> None:

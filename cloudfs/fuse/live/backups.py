@@ -45,6 +45,7 @@ VIEWED = 1 << 62
 _LATEST_BIT = 1 << 48
 _FIRST_SLOT = VIEWED >> LIN_BITS
 _BRIEFLY_S = 1.0
+_RETRY_S = 10.0  # meanwhile reads of the tree itself may have to wait
 
 
 class Backups:
@@ -54,7 +55,7 @@ class Backups:
         """``top`` is the path of the live tree, whose inodes these are."""
         self._inodes = inodes
         self._top = top
-        self.view, self._store = open_view(job, first_slot=_FIRST_SLOT)
+        self.view, self._store = open_view(job, first_slot=_FIRST_SLOT, retry_s=_RETRY_S)
         self.view.shows_rights = False
         self._tree = self.view.tree
         self._brief = attributes_lasting(_BRIEFLY_S)

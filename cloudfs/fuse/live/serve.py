@@ -218,10 +218,20 @@ def _lock(directory: Path, job: LiveJob) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise UsageError(
-            f"{job.name} is mounted live already; `cloudfs status` says where."
-        ) from None
+        raise UsageError(_held_words(job.name, job)) from None
     return fd
+
+
+def _held_words(what: str, job: LiveJob) -> str:
+    """Why ``what`` cannot be locked."""
+    known = {(mounted.live, mounted.mountpoint) for mounted in places.mounts()}
+    known |= {(mounted.live, mounted.url) for mounted in places.mounts()}
+    if not known.isdisjoint({(True, job.source), (True, job.mountpoint)}):
+        return f"{what} is mounted live already; `cloudfs status` says where."
+    return (
+        f"{what} is held by another process: by a live mount that was unmounted while something of"
+        " it was open, or by who locked the directory. End that process, then mount again."
+    )
 
 
 def _claim_source(job: LiveJob, source_fd: int) -> int:
@@ -240,17 +250,16 @@ def _claim_source(job: LiveJob, source_fd: int) -> int:
 def _lock_source(job: LiveJob) -> int:
     """Be the only live mount of a tree, wherever another is: it would not hear of what is done
     through this one. Raises UsageError."""
-    twice = f"{job.source} is mounted live already; `cloudfs status` says where."
     if not job.over_source and any(
         mounted.mountpoint == job.source and mounted.live for mounted in places.mounts()
     ):
-        raise UsageError(twice)
+        raise UsageError(_held_words(job.source, job))
     fd = os.open(job.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise UsageError(twice) from None
+        raise UsageError(_held_words(job.source, job)) from None
     return fd
 
 
