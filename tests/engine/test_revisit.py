@@ -335,7 +335,7 @@ def test_data_that_changed_behind_the_same_times(rig: Rig, tell: Tell) -> None:
     state = contents_of_tree(rig.tree)
     import cloudfs.source.scan as scanning
 
-    real = scanning._raw
+    real = scanning.raw_entry
 
     def unmoved(name: bytes, status: os.stat_result, dev: int, mask: int = -1) -> scanning.RawEntry:
         found = real(name, status, dev, mask)
@@ -350,11 +350,11 @@ def test_data_that_changed_behind_the_same_times(rig: Rig, tell: Tell) -> None:
         (rig.tree / name).write_bytes(b"after!")
         os.utime(rig.tree / name, ns=(times.st_atime_ns, times.st_mtime_ns))
     tell(Changelist([DirChange(b"", None, {b"told"}, inode=rig.tree.stat().st_ino)], {}, True))
-    scanning._raw = unmoved
+    scanning.raw_entry = unmoved
     try:
         rig.sync()
     finally:
-        scanning._raw = real
+        scanning.raw_entry = real
     found = rig.contents(2)
     assert found[b"/told"][-1] == b"after!"  # type: ignore[index]
     assert found[b"/untold"] == state[b"/untold"]
