@@ -40,7 +40,9 @@ def rebuild(state: SyncState, view: SnapshotView, manifest: Manifest, signature:
             batch = []
     state.put_records(view.number, batch)
     taken_ns = view.record.time_ns
-    state.save_head(Head(manifest.number, view.number, False, counts, signature, taken_ns, apart=True))
+    state.save_head(
+        Head(manifest.number, view.number, False, counts, signature, taken_ns, apart=True)
+    )
 
 
 def _records(view: SnapshotView) -> Iterator[tuple[int, DirRecord]]:

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from cloudfs.backup import packs
 from cloudfs.backup.files import FileReader
 from cloudfs.backup.job import SyncResult
+from cloudfs.core.changelist import DirChange
 from cloudfs.source.btrfs import session
 from cloudfs.source.btrfs.subvolume import ROOT_INODE
 from cloudfs.source.filters import Filters
@@ -314,6 +315,36 @@ def test_a_directory_that_goes_with_a_subvolume_that_is_left_out(rig: Rig) -> No
     btrfs.run("btrfs", "subvolume", "delete", rig.tree / "above/within/left")
     shutil.rmtree(rig.tree / "above")
     sync_of_changes(rig)
+
+
+def test_a_name_that_came_while_the_directory_of_another_could_not_be_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are two files on record, and the stream tells of one of them."""
+    (rig.tree / "known").mkdir()
+    names = [rig.tree / "known/file", rig.tree / "name"]
+    names[0].write_text("one")
+    rig.sync()
+    os.link(*names)
+    (rig.tree / "known/beside").write_text("text")
+    revisit = Scanner.revisit
+
+    def fail(scanner: Scanner, lin: int, change: DirChange, *others: Any, **more: Any) -> Any:
+        if change.path == b"known":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return revisit(scanner, lin, change, *others, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scanner, "revisit", fail)
+        assert rig.sync().unreadable
+    for turn in range(4):
+        if turn:
+            names[turn % 2].write_text(f"changed {turn}")
+        assert not rig.sync().unreadable
+        assert not rig.notes
+        found, want = rig.contents(rig.history().snapshots[-1].number), contents_of_tree(rig.tree)
+        for path in (b"/known/file", b"/name"):
+            assert found[path] == want[path]
 
 
 def test_shared_extents(rig: Rig) -> None:
