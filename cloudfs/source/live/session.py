@@ -65,12 +65,7 @@ class LiveSource:
         """What is frozen, and what changed since the snapshot that the local state is at (number 0:
         at none). ``whole``: more will be read than what changed. ``name`` is the policy's."""
         try:
-            line = Line(self._directory)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(line)
-                before = line.ask(Question("state"))
-                self._check(before)
-                stack.pop_all()
+            line, before = self._reach()
         except NotMounted as error:
             found = Ready("scan", [self._source])
             found.notes.append(
@@ -80,6 +75,22 @@ class LiveSource:
             return
         with line, self._frozen(line, before, base, whole=whole) as found:
             yield found
+
+    def _reach(self) -> tuple[Line, Answer]:
+        """A line to the mount, and how it stands. Raises NotMounted, SourceError."""
+        line = Line(self._directory)
+        try:
+            before = line.ask(Question("state"))
+            if os.path.realpath(before.source) != os.path.realpath(self._source):
+                raise SourceError(
+                    f"the live mount is of {os.fsdecode(before.source)}, not of"
+                    f" {os.fsdecode(self._source)}. Unmount it and mount it anew."
+                )
+            _check_reached(before)
+        except BaseException:
+            line.close()
+            raise
+        return line, before
 
     def state(self, snapshot: int, taken_ns: int) -> SourceState:
         """What the next sync would go by, if the last snapshot is this one."""
@@ -140,14 +151,6 @@ class LiveSource:
         parts = path.split(b"/")
         return any(self._leaves_out(b"/".join(parts[: end + 1])) for end in range(len(parts)))
 
-    def _check(self, answer: Answer) -> None:
-        if os.path.realpath(answer.source) != os.path.realpath(self._source):
-            raise SourceError(
-                f"the live mount is of {os.fsdecode(answer.source)}, not of"
-                f" {os.fsdecode(self._source)}. Unmount it and mount it anew."
-            )
-        _check_reached(answer)
-
 
 class _Frozen:
     """A freeze, and the top of what is frozen, which is held open.
@@ -165,11 +168,16 @@ class _Frozen:
     def _freeze(self, *, marked: bool) -> None:
         self.answer = self._line.ask(Question("freeze", marked=marked))
         self.path = self._mountpoint + b"/" + FROZEN_PREFIX + b"%d" % self.answer.frozen
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(
+                f"what is frozen cannot be opened ({error.strerror}). Is the tree mounted still?"
+            ) from None
         self._line.ask(Question("reached"))
 
     def anew(self) -> None:
-        """Freeze again, and keep everything. Raises SourceError, OSError."""
+        """Freeze again, and keep everything. Raises SourceError."""
         self.close()
         self._freeze(marked=False)
 
@@ -184,7 +192,10 @@ class _Frozen:
         return found
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Close it, if it is open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def flush(mountpoint: bytes) -> None:
@@ -231,7 +242,10 @@ def _past(answer: Answer) -> Iterator[str]:
     """Who goes past a mount that lies over its tree: for any other, all do who wish."""
     if answer.source != answer.mountpoint:
         return iter(())
-    top = os.stat(b"/proc/%d/fd/%d" % (answer.pid, answer.top_fd))
+    try:
+        top = os.stat(b"/proc/%d/fd/%d" % (answer.pid, answer.top_fd))
+    except OSError:
+        raise NotMounted("the live mount is gone") from None
     own = top.st_dev, top.st_ino
     return who_goes_past(answer.mountpoint, own, {answer.pid, os.getpid()})
 
@@ -247,11 +261,9 @@ def _changelist(line: Line) -> tuple[Changelist | None, str]:
             ranges = {name: list(others) for name, others in change.names if others}
             names = {name for name, _ in change.names}
             told = DirChange(change.path, None, names, ranges, inode=change.inode)
-            if found.dirs and (found.dirs[-1].path, found.dirs[-1].inode) == (
-                told.path,
-                told.inode,
-            ):
-                found.dirs[-1].join(told)
+            last = found.dirs[-1] if found.dirs else told
+            if last is not told and (last.path, last.inode) == (told.path, told.inode):
+                last.join(told)  # it is told in parts
             else:
                 found.dirs.append(told)
         else:
