@@ -26,8 +26,9 @@ import pytest
 from cloudfs.backup.publish import Publisher
 from cloudfs.core.errors import SourceError, Unavailable
 from cloudfs.db.watched import Place, WatchedSet
-from cloudfs.source import handles, listing, scan
+from cloudfs.source import handles, listing, scan, unseen
 from cloudfs.source.filters import Filters
+from cloudfs.source.inode import Inode
 from cloudfs.source.scan import Scanner
 from cloudfs.source.watch import client, start
 from cloudfs.source.watch.resolve import Resolver
@@ -450,6 +451,36 @@ def test_a_loop_device_of_another_namespace(watched: Watched, tmp_path: Path) ->
         os.fsync(fd)
         os.close(fd)
         heard(watched)
+    finally:
+        run("losetup", "-d", device)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_loop_device_of_which_nothing_is_to_be_seen(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, read_only: bool
+) -> None:
+    """As in a container; nobody writes to one that is read-only."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    settle(watched)
+    options = ["-r"] if read_only else []
+    command = ["losetup", "-f", "--show", *options, image]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    real = unseen._behind
+
+    def behind(asked: str, path: bytes) -> Inode:
+        if asked == device:
+            raise FileNotFoundError(asked)
+        return real(asked, path)
+
+    monkeypatch.setattr(unseen, "_behind", behind)
+    try:
+        (watched.tree / "file").write_text("text")
+        if read_only:
+            heard(watched)
+        else:
+            watched.sync()
+            assert f"the file behind {device} cannot be told" in watched.notes[0]
     finally:
         run("losetup", "-d", device)
 
