@@ -130,8 +130,9 @@ def open_store(url: str, options: StoreOptions | None = None) -> OpenedStore:
     return OpenedStore(RetryStore(limited, limit_s=given.retry_s), counter)
 
 
-READ_TIMEOUT_S = 60.0
-"""How long a store may be silent in the middle of an answer, if who asks waits so long at all."""
+LEAST_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
+"""How long a store may be silent in the middle of an answer: as long as who asks would try again,
+within these bounds."""
 
 
 def _open_base(place: Place, options: StoreOptions) -> Store:
@@ -144,7 +145,7 @@ def _open_base(place: Place, options: StoreOptions) -> Store:
             endpoint_url=options.endpoint_url,
             region=options.region,
             profile=options.profile,
-            read_timeout_s=min(READ_TIMEOUT_S, options.retry_s),
+            read_timeout_s=min(READ_TIMEOUT_S, max(LEAST_TIMEOUT_S, options.retry_s)),
         )
     from cloudfs.store.local import LocalStore
 
