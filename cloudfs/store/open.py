@@ -130,7 +130,7 @@ def open_store(url: str, options: StoreOptions | None = None) -> OpenedStore:
     return OpenedStore(RetryStore(limited, limit_s=given.retry_s), counter)
 
 
-LEAST_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 60.0
+LEAST_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 60.0
 """How long a store may be silent in the middle of an answer: as long as who asks would try again,
 within these bounds."""
 
