@@ -112,7 +112,7 @@ def somebody(place: Path, how: str) -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("in", "is in the tree"), ("open", "file open"), ("mapped", "file mapped")],
+    [("in", "tree/place"), ("open", "file open"), ("mapped", "file mapped")],
 )
 def test_who_was_there_before_goes_past_the_mount(base: Path, how: str, words: str) -> None:
     """What such a process does is found by scans, till one was made after it had ended."""

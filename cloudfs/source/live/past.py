@@ -52,7 +52,7 @@ class _Look:
                 status = self._reader.behind(link)
                 inode = status.dev, status.ino
                 if st.S_ISDIR(status.mode) and self._is_in(link, inode):
-                    return "is in the tree"
+                    return f"is at {os.readlink(link)}"
                 if st.S_ISREG(status.mode) and os.lstat(link).st_mode & st.S_IWUSR:
                     path = os.readlink(os.fsencode(link))
                     if path.startswith(self._source) and status.dev not in self._elsewhere:

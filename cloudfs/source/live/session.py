@@ -4,7 +4,7 @@
    there on, below a name that it gives, is one point in time, while who writes goes on.
 2. If everything since the snapshot that the local state is at was marked, the marks are the
    changelist. In all other cases what is frozen is scanned, and the reason said: also while a
-   process is in the tree past the mount (:mod:`.past`).
+   process goes past the mount (:mod:`.past`).
 3. After the commit the mount is told; it forgets what was marked, and the freeze ends. Where a sync
    fails it is told nothing, and the freeze ends with the line, even if this process is killed.
 4. When nothing is mounted the source is scanned as it lies there, with a word of warning.
