@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat as st
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cloudfs.source.mounts import mounts
 from cloudfs.source.numbers import kind_keeps_numbers
 
 _STEPS = 1000  # upwards from a directory
+_MOMENT_S = 0.02
 
 
 def who_goes_past(source: bytes, top: Inode, but: Collection[int]) -> Iterator[str]:
@@ -51,7 +53,11 @@ class _Look:
             with contextlib.suppress(OSError):
                 status = self._reader.behind(link)
                 inode = status.dev, status.ino
-                if st.S_ISDIR(status.mode) and self._is_in(link, inode):
+                if (
+                    st.S_ISDIR(status.mode)
+                    and self._is_in(link, inode)
+                    and self._stays(link, inode)
+                ):
                     return f"is at {os.readlink(link)}"
                 if st.S_ISREG(status.mode) and os.lstat(link).st_mode & st.S_IWUSR:
                     path = os.readlink(os.fsencode(link))
@@ -67,26 +73,34 @@ class _Look:
 
     def _is_in(self, link: str, inode: Inode) -> bool:
         """Whether a directory is the top, or below it."""
-        if inode not in self._known:
-            self._known[inode] = inode[0] not in self._elsewhere and self._leads_up(link)
-        return self._known[inode]
+        if inode not in self._known and inode[0] not in self._elsewhere:
+            self._climb(link)
+        return self._known.get(inode, False)
 
-    def _leads_up(self, link: str) -> bool:
-        """From below the top, its name leads to what is mounted over it."""
+    def _stays(self, link: str, inode: Inode) -> bool:
+        """Whether a process has it for longer than whoever looks through others as this one does."""
+        time.sleep(_MOMENT_S)
+        status = self._reader.behind(link)
+        return (status.dev, status.ino) == inode
+
+    def _climb(self, link: str) -> None:
+        """Find out whether what a link leads to now is in the tree. From below the top, the name of
+        that leads to what is mounted over it."""
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        fd, before = os.open(link, flags), None
+        fd, first, before = os.open(link, flags), None, None
         try:
             for _ in range(_STEPS):
                 status = self._reader.behind(f"/proc/self/fd/{fd}")
                 here = status.dev, status.ino
-                if here == self._top or here[0] in self._mount:
-                    return True
-                if here == before or here[0] in self._elsewhere:
-                    return False
+                first = first or here
+                self._known[first] = here == self._top or (
+                    before is not None and here[0] in self._mount
+                )
+                if self._known[first] or here == before or here[0] in self._elsewhere:
+                    return
                 above = os.open("..", flags, dir_fd=fd)
                 os.close(fd)
                 fd, before = above, here
-            return False
         finally:
             os.close(fd)
 
