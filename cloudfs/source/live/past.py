@@ -78,7 +78,7 @@ class _Look:
         return self._known.get(inode, False)
 
     def _stays(self, link: str, inode: Inode) -> bool:
-        """Whether a process has it for longer than whoever looks through others as this one does."""
+        """Whether a process has it for longer than another one that looks through all does."""
         time.sleep(_MOMENT_S)
         status = self._reader.behind(link)
         return (status.dev, status.ino) == inode
