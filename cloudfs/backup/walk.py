@@ -300,7 +300,8 @@ class Walk:
     def bury(self, snapshot: int) -> tuple[list[Meta], list[Entry]]:
         """The tombstones of what is gone; its directories' records go too."""
         self._keep_named()
-        metas, entries, dead = self.diff.tombstones(snapshot)
+        metas, entries, dead = self.diff.vanished.tombstones(snapshot)
+        self.diff.tally.deleted += len(metas)
         for lin in dead:
             # In a tree that does not stand still it may have been listed before it was gone.
             old = self._state.staged(lin, self._snapshot) or self._state.record(lin)
@@ -315,14 +316,14 @@ class Walk:
         """Keep what has a name elsewhere; see rule 7 of :mod:`cloudfs.core.treediff`."""
         head = self._state.head
         every = bool(self.unread or head.again or head.unread)
-        doubtful = self.diff.in_doubt(every=every)
+        doubtful = self.diff.vanished.in_doubt(every=every)
         more = bool(doubtful)
         while more:  # what is in a directory that is kept is not gone with it
             lins, found = sorted(doubtful), set[int]()
             for _, record in self.standing(set(doubtful.values())):
                 for first, count in record.lins:
                     found.update(lins[bisect_left(lins, first) : bisect_left(lins, first + count)])
-            self.diff.keep(found)
+            self.diff.vanished.keep(found)
             doubtful = {lin: ino for lin, ino in doubtful.items() if lin not in found}
             more = every and bool(doubtful and found)
 

@@ -23,7 +23,7 @@ The walk hands in every directory whose listing differs; this module decides whi
    links changes ctime, so all other names of a file that lost one stand in changed listings. Names
    also go with a directory that leaves the tree, which changes no file; and what was listed of a
    directory that cannot be read is out of date. Then there may be others where nobody looked
-   (:meth:`TreeDiff.in_doubt`).
+   (:meth:`VanishedItems.in_doubt`).
 8. A new file that took the name of another is compared with the blocks of that one: a file that
    was replaced by an almost equal one uploads only what differs.
 
@@ -50,7 +50,6 @@ from cloudfs.core.changes import (
     collapse,
     decode_listing,
 )
-from cloudfs.core.rows import Entry, ItemType, Meta
 from cloudfs.core.vanished import Lookup, SameDirectory, Vanished, VanishedItems
 
 
@@ -104,7 +103,6 @@ class TreeDiff:
         self._links: dict[tuple[int, int], int] = {}
         self._described: set[int] = set()  # LINs of several names that have an item
         self._as_recorded: dict[int, Stat] = {}  # of several names, where one looked so
-        self._alive: set[int] = set()
         self.with_further_names: dict[int, bytes] = {}  # directories, and their paths
         # Directories on record of which more may have changed than what scans are told of.
         self.behind: Set[int] = frozenset()
@@ -225,9 +223,9 @@ class TreeDiff:
         changed.lins[index] = lin
         linked = stat.nlink > 1 and not stat.is_dir
         if old_stat.nlink > 1:  # another name of it may have vanished
-            self._alive.add(lin)
+            self.vanished.alive.add(lin)
         if linked:
-            self._alive.add(lin)
+            self.vanished.alive.add(lin)
             self._links.setdefault((changed.scan.dev, stat.ino), lin)
         # Of several names, one is enough. The others may come from a record, and look unchanged.
         if lin not in self._described and (stat != old_stat or look):
@@ -297,7 +295,7 @@ class TreeDiff:
             if lin is None:
                 self._appeared_dirs.append(item)
                 continue
-            self._alive.add(lin)
+            self.vanished.alive.add(lin)
             self._place(item, lin)
             self.tally.moved += 1
             visits.append(_visit(lin, item.directory.scan, item.stat))
@@ -335,7 +333,7 @@ class TreeDiff:
         else:
             self.tally.new += 1
             lin = self.allot(1)
-        self._alive.add(lin)
+        self.vanished.alive.add(lin)
         if stat.nlink > 1:
             self._links[key] = lin
         self._place(item, lin)
@@ -343,7 +341,7 @@ class TreeDiff:
     def _moved_from(self, stat: Stat) -> Vanished | None:
         """What vanished and is this file."""
         for old in self.vanished.with_inode(stat.ino):
-            if old.lin not in self._alive and self._same_file(old.stat, stat):
+            if old.lin not in self.vanished.alive and self._same_file(old.stat, stat):
                 return old
         return None
 
@@ -390,45 +388,6 @@ class TreeDiff:
         task = DirTask(scan.lin, scan.path, scan.listing, runs, items, names, bases, ranges=ranges)
         return task, scan.lin, record
 
-    def in_doubt(self, *, every: bool) -> dict[int, int]:
-        """LINs, with their inode numbers, that are to be deleted though they may have other names:
-        files of which fewer names vanished than they had, or (``every``) all. To be asked before
-        :meth:`tombstones`; see :meth:`keep`."""
-        gone: dict[int, set[tuple[int, bytes]]] = {}
-        stats: dict[int, Stat] = {}
-        for item in self.vanished:
-            if item.lin not in self._alive:
-                gone.setdefault(item.lin, set()).add((item.parent, item.stat.name))
-                stats[item.lin] = item.stat
-        return {
-            lin: stat.ino
-            for lin, stat in stats.items()
-            if every or (not stat.is_dir and len(gone[lin]) < stat.nlink)
-        }
-
-    def keep(self, lins: set[int]) -> None:
-        """These have other names."""
-        self._alive |= lins
-        self.vanished.keep(lins)
-
-    def tombstones(self, snapshot: int) -> tuple[list[Meta], list[Entry], list[int]]:
-        """Rows for what is gone, and the LINs of directories that are. Call after finish."""
-        metas: dict[int, Meta] = {}
-        entries: list[Entry] = []
-        dead: list[int] = []
-        for item in self.vanished:
-            if not item.replaced and not item.with_parent:
-                entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
-            if item.lin in self._alive or item.lin in metas:
-                continue
-            kind = ItemType.DELETED_FILE
-            if item.stat.is_dir:
-                kind = ItemType.DELETED_DIRECTORY
-                dead.append(item.lin)
-            metas[item.lin] = Meta(item.lin, snapshot, kind)
-            self.tally.deleted += 1
-        return [metas[lin] for lin in sorted(metas)], sorted(entries, key=_entry_order), dead
-
 
 def _visit(lin: int, scan: DirScan, stat: Stat) -> Visit:
     """A directory that was listed."""
@@ -464,10 +423,6 @@ def _same_content(old: Stat, new: Stat) -> bool:
 
 def _order(item: _Appeared) -> tuple[int, bytes]:
     return item.directory.scan.lin, item.stat.name
-
-
-def _entry_order(entry: Entry) -> tuple[int, bytes]:
-    return entry.parent, entry.name
 
 
 def _join(path: bytes, name: bytes) -> bytes:

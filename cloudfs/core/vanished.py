@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cloudfs.core.changes import DirRecord, Stat
+from cloudfs.core.rows import Entry, ItemType, Meta
 
 Lookup = Callable[[int], DirRecord | None]
 """The record of a directory."""
@@ -37,6 +38,7 @@ class VanishedItems:
         self._unopened: list[Vanished] = []  # directories
         self._went_with: dict[int, int] = {}  # directory -> its parent; 0: it went by itself
         self._moved: set[int] = set()  # directories that appeared elsewhere
+        self.alive: set[int] = set()  # LINs that have a name, as far as was seen
 
     def __iter__(self) -> Iterator[Vanished]:
         return (item for ino in self._by_inode for item in self.with_inode(ino))
@@ -69,10 +71,6 @@ class VanishedItems:
                 return item.lin
         return None
 
-    def keep(self, lins: set[int]) -> None:
-        """Directories are not gone after all."""
-        self._moved |= lins
-
     def open_directories(self, lookup: Lookup) -> bool:
         """Let what directories held that vanished, and did not appear elsewhere, vanish as well;
         False where there was none."""
@@ -94,3 +92,48 @@ class VanishedItems:
                 return True
             lin = parent
         return False
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def in_doubt(self, *, every: bool) -> dict[int, int]:
+        """LINs, with their inode numbers, that are to be deleted though they may have other names:
+        files of which fewer names vanished than they had, or (``every``) all. To be asked before
+        :meth:`tombstones`; see :meth:`keep`."""
+        gone: dict[int, set[tuple[int, bytes]]] = {}
+        stats: dict[int, Stat] = {}
+        for item in self:
+            if item.lin not in self.alive:
+                gone.setdefault(item.lin, set()).add((item.parent, item.stat.name))
+                stats[item.lin] = item.stat
+        return {
+            lin: stat.ino
+            for lin, stat in stats.items()
+            if every or (not stat.is_dir and len(gone[lin]) < stat.nlink)
+        }
+
+    def keep(self, lins: set[int]) -> None:
+        """These have other names: they, and what is in them, are not gone after all."""
+        self.alive |= lins
+        self._moved |= lins
+
+    def tombstones(self, snapshot: int) -> tuple[list[Meta], list[Entry], list[int]]:
+        """Rows for what is gone, and the LINs of directories that are. To be asked when all is
+        judged."""
+        metas: dict[int, Meta] = {}
+        entries: list[Entry] = []
+        dead: list[int] = []
+        for item in self:
+            if not item.replaced and not item.with_parent:
+                entries.append(Entry(item.parent, item.stat.name, snapshot, 0, 0))
+            if item.lin in self.alive or item.lin in metas:
+                continue
+            kind = ItemType.DELETED_FILE
+            if item.stat.is_dir:
+                kind = ItemType.DELETED_DIRECTORY
+                dead.append(item.lin)
+            metas[item.lin] = Meta(item.lin, snapshot, kind)
+        return [metas[lin] for lin in sorted(metas)], sorted(entries, key=_order), dead
+
+
+def _order(entry: Entry) -> tuple[int, bytes]:
+    return entry.parent, entry.name

@@ -167,6 +167,10 @@ class MarkedSet:
         temporary.write_bytes(value)
         temporary.replace(self._directory / _STATE)
 
+    def drop_state(self) -> None:
+        """Keep nothing of it. Raises OSError."""
+        (self._directory / _STATE).unlink(missing_ok=True)
+
     def state(self) -> bytes:
         """What was saved last; b"" for nothing. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine import loops
+from tests.engine.living import Living, Meanwhile, living
 from tests.engine.watched import Watched
 
 
@@ -20,6 +21,21 @@ def base() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def mounted(base: Path) -> Iterator[Living]:
+    """A tree that is mounted live over itself."""
+    with living(base) as made:
+        yield made
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
+    """What is done while syncs run."""
+    made = Meanwhile()
+    made.install(monkeypatch)
+    return made
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs"])

@@ -7,16 +7,21 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from cloudfs.backup.attempt import Attempt
 from cloudfs.core.errors import CloudfsError
 from cloudfs.fuse import mountpoint as places
 from cloudfs.fuse.daemon import Daemon
 from cloudfs.fuse.live.job import LiveJob
+from cloudfs.source.live import session
 from cloudfs.source.live.client import Line
 from cloudfs.source.live.protocol import Answer, Question
 from cloudfs.source.live.session import flush
+from cloudfs.source.ready import Ready
 from tests.engine.btrfs import run
 from tests.engine.rig import Rig, contents_of_tree, difference
 
@@ -160,3 +165,26 @@ def living(base: Path, **settings: object) -> Iterator[Living]:
         yield rig
     finally:
         rig.close()
+
+
+class Meanwhile:
+    """What is done while a sync runs: once when it has frozen, and once when it begins to read."""
+
+    def __init__(self) -> None:
+        self.when_frozen: Callable[[], None] = lambda: None
+        self.when_reading: Callable[[], None] = lambda: None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ready, pack = session._Frozen.ready, Attempt._pack
+
+        def then_frozen(frozen: session._Frozen) -> Ready:
+            made = ready(frozen)
+            self.when_frozen()
+            return made
+
+        def then_reading(*args: object) -> None:
+            self.when_reading()
+            pack(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(session._Frozen, "ready", then_frozen)
+        monkeypatch.setattr(Attempt, "_pack", then_reading)

@@ -21,10 +21,10 @@ from cloudfs.source.btrfs import session
 from cloudfs.source.watch import start
 from tests.engine import btrfs, forked
 from tests.engine.crowd import Crowd, crowd
-from tests.engine.living import Living, living
+from tests.engine.living import Living, Meanwhile, living
 from tests.engine.rig import Rig, contents_of_tree, difference
 from tests.engine.test_btrfs import remove
-from tests.engine.test_live import Contents, Meanwhile, file_system
+from tests.engine.test_live import Contents, file_system
 from tests.engine.watched import Watched
 
 MEMBERS = 4
@@ -149,13 +149,6 @@ class AmongMoving(Among):
             if result.snapshot is not None:
                 self.rig.contents(result.snapshot.number)
         people.stop()
-
-
-@pytest.fixture
-def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
-    found = Meanwhile()
-    found.install(monkeypatch)
-    return found
 
 
 @pytest.mark.parametrize("rounds", [QUICK, LONG])

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,14 +16,11 @@ from hypothesis import strategies as hs
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from cloudfs.backup import dispatch, packs
-from cloudfs.backup.attempt import Attempt
 from cloudfs.fuse import daemon
 from cloudfs.source import unseen
-from cloudfs.source.live import session
-from cloudfs.source.ready import Ready
 from tests.engine import btrfs, forked, loops
 from tests.engine.hands import OPERATIONS, Hands, Operation
-from tests.engine.living import Living
+from tests.engine.living import Living, Meanwhile
 from tests.engine.rig import contents_of_tree, difference
 from tests.engine.test_machine import hunt
 
@@ -31,29 +28,6 @@ SOME = hs.lists(OPERATIONS, min_size=1, max_size=4)
 LONG_AGO_NS = 10**15
 
 Contents = dict[bytes, object]
-
-
-class Meanwhile:
-    """What is done while a sync runs: once when it has frozen, and once when it begins to read."""
-
-    def __init__(self) -> None:
-        self.when_frozen: Callable[[], None] = lambda: None
-        self.when_reading: Callable[[], None] = lambda: None
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ready, pack = session._Frozen.ready, Attempt._pack
-
-        def then_frozen(frozen: session._Frozen) -> Ready:
-            made = ready(frozen)
-            self.when_frozen()
-            return made
-
-        def then_reading(*args: object) -> None:
-            self.when_reading()
-            pack(*args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(session._Frozen, "ready", then_frozen)
-        monkeypatch.setattr(Attempt, "_pack", then_reading)
 
 
 class OnLive(RuleBasedStateMachine):
@@ -251,10 +225,10 @@ def own_maps() -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.fixture(params=["tmpfs", "ext4", "xfs", "btrfs"])
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def machine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, meanwhile: Meanwhile
+) -> Iterator[None]:
     """The machine on a file system of each kind, with frames that end everywhere."""
-    meanwhile = Meanwhile()
-    meanwhile.install(monkeypatch)
     monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
     monkeypatch.setattr(daemon, "_spawn", forked.live)  # and back to what it was in the end
     monkeypatch.setattr(unseen, "_all_maps", own_maps)

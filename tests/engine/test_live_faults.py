@@ -29,9 +29,8 @@ from cloudfs.source.live.client import NotMounted
 from cloudfs.source.mounts import mounts as all_mounts
 from cloudfs.source.ready import Ready
 from tests.engine import btrfs, loops
-from tests.engine.living import Living, living
+from tests.engine.living import Living, Meanwhile, living
 from tests.engine.rig import contents_of_tree, difference
-from tests.engine.test_live import Meanwhile
 from tests.posix.mounts import few_descriptors, job
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -40,16 +39,8 @@ LONG_S = 60.0
 
 
 @pytest.fixture
-def rig(base: Path) -> Iterator[Living]:
-    with living(base) as made:
-        yield made
-
-
-@pytest.fixture
-def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
-    made = Meanwhile()
-    made.install(monkeypatch)
-    return made
+def rig(mounted: Living) -> Living:
+    return mounted
 
 
 def fill(rig: Living, files: int = 20, size: int = 20_000) -> list[Path]:

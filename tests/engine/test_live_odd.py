@@ -22,9 +22,8 @@ from cloudfs.source.live import session
 from cloudfs.source.live.protocol import MARKS
 from tests.engine import loops
 from tests.engine.btrfs import run
-from tests.engine.living import Living, living
+from tests.engine.living import Living, Meanwhile, living
 from tests.engine.rig import contents_of_tree, difference
-from tests.engine.test_live import Meanwhile
 from tests.engine.test_live_faults import (
     MIB,
     at_once,
@@ -36,16 +35,8 @@ from tests.engine.test_live_faults import (
 
 
 @pytest.fixture
-def rig(base: Path) -> Iterator[Living]:
-    with living(base) as made:
-        yield made
-
-
-@pytest.fixture
-def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
-    made = Meanwhile()
-    made.install(monkeypatch)
-    return made
+def rig(mounted: Living) -> Living:
+    return mounted
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -26,7 +27,9 @@ from cloudfs.fuse.live.files import OpenFiles
 from cloudfs.fuse.live.freeze import CHUNK, Freeze, Full
 from cloudfs.fuse.live.frozen import FrozenTree
 from cloudfs.fuse.live.inodes import Inode, Inodes
+from cloudfs.fuse.live.tracking import Tracker
 from cloudfs.fuse.live.tree import LiveTree, Wanted
+from cloudfs.source.live.protocol import Base
 from cloudfs.source.live.touched import Touched
 from tests.engine.test_machine import hunt
 
@@ -398,6 +401,25 @@ class Freezing(RuleBasedStateMachine):
         finally:
             os.close(self.inodes.root.fd)
             shutil.rmtree(self.base)
+
+
+def test_marks_are_disowned_on_a_full_disk_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(MarkedSet(tmp_path)) as marks:
+        tracker = Tracker(marks, CHUNK)
+        tracker.begin("boot", "tree", "mount", "")
+        tracker.confirm(tracker.close_epoch(), Base(1, 1))
+
+        def fail(value: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(marks, "save_state", fail)
+        tracker.disown()
+        monkeypatch.undo()
+        after = Tracker(marks, CHUNK)
+        after.begin("boot", "tree", "another", "mount")
+        assert after.base is None
 
 
 def test_nobody_waits_before_the_freeze_is_reached_and_after_it_was_given_up(

@@ -20,6 +20,7 @@ import errno
 import stat as st
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import pyfuse3
 import trio
@@ -93,11 +94,14 @@ class Backups:
             raise FUSEError(errno.ENOENT)
         return found
 
-    async def names(self, path: bytes, ctx: RequestContext) -> list[tuple[bytes, int]]:
-        """The names in ``.snapshot`` of the directory at a path, oldest first, and the inodes that
-        they lead to."""
+    async def names(
+        self, number: int, ctx: RequestContext, name: bytes | None = None, most: int | None = None
+    ) -> list[tuple[bytes, int]]:
+        """The names in the ``.snapshot`` of this number, newest first, and the inodes that they
+        lead to: this one, so many, or all."""
         await self.view.look_for_news(ROOT_INO)
-        return await self.view.ask(self._find_all, path, ctx.uid, groups_of(ctx))
+        path, groups = self.path(number), groups_of(ctx)
+        return await self.view.ask(self._find, path, ctx.uid, groups, name, most)
 
     async def named(self, number: int, ctx: RequestContext) -> EntryAttributes:
         """The attributes of what a name leads to, for this question alone: see rule 3."""
@@ -108,12 +112,13 @@ class Backups:
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if parent >= VIEWED:
             return await self.view.lookup(parent, name, ctx)
-        found = dict(await self.names(self.path(parent), ctx))
-        if name == LATEST and found:
-            return self._attributes(parent | _LATEST_BIT)
-        if name not in found:
+        is_latest = name == LATEST
+        found = await self.names(parent, ctx, None if is_latest else name, most=1)
+        if not found:
             raise FUSEError(errno.ENOENT)
-        return await self.named(found[name], ctx)
+        if is_latest:
+            return self._attributes(parent | _LATEST_BIT)
+        return await self.named(found[0][1], ctx)
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if inode >= VIEWED:
@@ -123,15 +128,16 @@ class Backups:
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         if inode >= VIEWED:
             return await self.view.readlink(inode, ctx)
-        found = await self.names(self.path(inode), ctx)
+        found = await self.names(inode, ctx, most=1)
         if not found:
             raise FUSEError(errno.ENOENT)
-        return found[-1][0]
+        return found[0][0]
 
     async def opendir(self, inode: int, ctx: RequestContext) -> Opened:
         if inode >= VIEWED:
             return ViewedItem(self.view, await self.view.opendir(inode, ctx), is_dir=True)
-        return SnapshotNames(self, inode, await self.names(self.path(inode), ctx))
+        found = await self.names(inode, ctx)
+        return SnapshotNames(self, inode, found[::-1])
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> ViewedItem:
         opened = await self.view.open(inode, flags, ctx)
@@ -150,20 +156,33 @@ class Backups:
 
     # -- finding -------------------------------------------------------------------------------
 
-    def _find_all(self, path: bytes, uid: int, groups: Collection[int]) -> list[tuple[bytes, int]]:
-        """Rules 2 and 3: names of snapshots, oldest first, and what they lead to. May block."""
-        branch = self._branch
+    def _find(
+        self,
+        path: bytes,
+        uid: int,
+        groups: Collection[int],
+        name: bytes | None,
+        most: int | None,
+    ) -> list[tuple[bytes, int]]:
+        """Rules 2 and 3; see :meth:`names`. May block."""
         lin = self._newest_lin(path)
         if lin is None:
             return []
-        found = []
-        for name, number in branch.names.items():
-            slot = branch.slots[number]
-            view = self._tree.view(slot)
-            there = _directory_in(view, lin, path)
-            if there is not None and may_reach(view, there, uid, groups):
-                found.append((name, lin_ino(slot, there)))
-        return found
+        known = self._branch.names
+        wanted = reversed(known) if name is None else [name] if name in known else []
+        found = ((each, self._inode(known[each], lin, path, uid, groups)) for each in wanted)
+        return list(islice(((each, inode) for each, inode in found if inode is not None), most))
+
+    def _inode(
+        self, number: int, lin: int, path: bytes, uid: int, groups: Collection[int]
+    ) -> int | None:
+        """What a directory is in one snapshot; None where it is not, or is not to be shown."""
+        slot = self._branch.slots[number]
+        view = self._tree.view(slot)
+        there = _directory_in(view, lin, path)
+        if there is None or not may_reach(view, there, uid, groups):
+            return None
+        return lin_ino(slot, there)
 
     def _newest_lin(self, path: bytes) -> int | None:
         branch = self._branch

@@ -143,9 +143,12 @@ class Inodes:
         if inode is not None and inode.fd >= 0:
             return inode, status
         fd = os.open(name, _HOLD, dir_fd=parent.fd)
-        if status.st_dev != parent.dev and os.fstatvfs(fd).f_flag & self.refused:
+        try:
+            if status.st_dev != parent.dev and os.fstatvfs(fd).f_flag & self.refused:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        except OSError:
             os.close(fd)
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            raise
         return self.take(fd)
 
     def take(self, fd: int) -> tuple[Inode, os.stat_result]:

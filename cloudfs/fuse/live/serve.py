@@ -224,9 +224,8 @@ def _lock(directory: Path, job: LiveJob) -> int:
 
 def _held_words(what: str, job: LiveJob) -> str:
     """Why ``what`` cannot be locked."""
-    known = {(mounted.live, mounted.mountpoint) for mounted in places.mounts()}
-    known |= {(mounted.live, mounted.url) for mounted in places.mounts()}
-    if not known.isdisjoint({(True, job.source), (True, job.mountpoint)}):
+    here = {job.source, job.mountpoint}
+    if any(m.live and here & {m.mountpoint, m.url} for m in places.mounts()):
         return f"{what} is mounted live already; `cloudfs status` says where."
     return (
         f"{what} is held by another process: by a live mount that was unmounted while something of"

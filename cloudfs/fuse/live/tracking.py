@@ -88,9 +88,13 @@ class Tracker:
     def disown(self) -> None:
         """No mount that comes is to believe what is there. Raises OSError."""
         state = self._saved()
-        if state is not None:
-            ended = msgspec.structs.replace(state, mount="")
+        if state is None:
+            return
+        ended = msgspec.structs.replace(state, mount="")
+        try:
             self._kept.save_state(msgspec.msgpack.encode(ended))
+        except OSError:  # there is no room even for that
+            self._kept.drop_state()
 
     def begin(self, boot: str, identity: str, mount: str, covered: str) -> None:
         """Take up what an earlier mount left, where rule 3 allows it.

@@ -176,12 +176,10 @@ class LiveTree:
     @contextlib.contextmanager
     def _losing(self, child: Inode | None) -> Iterator[None]:
         """A name of an item is about to go; if it goes, it may have been the last."""
-        is_last = self.freeze is not None and child is not None and _is_last_name(child)
+        last = child if child is not None and _is_last_name(child) else None
         yield
-        if is_last:
-            assert self.freeze is not None
-            assert child is not None
-            self.freeze.lose(child)
+        if last is not None and self.freeze is not None:
+            self.freeze.lose(last)
 
     @contextlib.contextmanager
     def _standing(self, parent: Inode, name: bytes) -> Iterator[Inode | None]:

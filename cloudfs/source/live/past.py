@@ -115,4 +115,6 @@ def _links(pid: str) -> Iterator[str]:
 def _is_ours(pid: str) -> bool:
     """Whether a process is one of cloudfs: these read, and change nothing there."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return any(os.path.basename(word) == b"cloudfs" for word in words[:4])
+    if b"-m" in words[:3]:
+        return words[words.index(b"-m") + 1].partition(b".")[0] == b"cloudfs"
+    return any(os.path.basename(word) == b"cloudfs" for word in words[:2])
