@@ -143,7 +143,7 @@ def mount_of(fd: int) -> int:
     return int.from_bytes(buffer.raw[_MNT_ID_AT:][:8], sys.byteorder) if known else 0
 
 
-def open_directory(root_fd: int, path: bytes) -> int:
+def open_directory(root_fd: int, path: bytes, flags: int = 0) -> int:
     """Open a directory below an open one; ``path`` may be longer than the kernel takes at once.
 
     ``path`` has no leading slash; b"" is the root itself. Raises OSError.
@@ -157,7 +157,7 @@ def open_directory(root_fd: int, path: bytes) -> int:
             if fd != root_fd:
                 os.close(fd)
             fd, rest = deeper, rest[cut + 1 :]
-        return os.open(rest, DIRECTORY_FLAGS, dir_fd=fd)
+        return os.open(rest, DIRECTORY_FLAGS | flags, dir_fd=fd)
     finally:
         if fd != root_fd:
             os.close(fd)

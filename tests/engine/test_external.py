@@ -27,7 +27,7 @@ from cloudfs.source.external.command import Commands
 from cloudfs.source.filters import Filters
 from tests.engine import snapshotter
 from tests.engine.rig import ALL, Rig, contents_of_tree, difference
-from tests.engine.test_machine import LEFT_OUT, Tree, hunt
+from tests.engine.test_machine import LEFT_OUT, Tree, change_at_random, hunt
 
 WAYS = ("full", "plain", "tops", "lists", "inodes")
 TOP = Path(__file__).parents[2]
@@ -101,32 +101,6 @@ def test_snapshots_are_what_the_tree_was() -> None:
 @pytest.mark.long
 def test_snapshots_are_what_the_tree_was_for_long() -> None:
     hunt(500, 100, Snapshotted)
-
-
-def change_at_random(machine: Snapshotted, choose: random.Random) -> None:
-    """One of the operations of the state machine, but more often such as move things."""
-    names = [b"a", b"b", b"c\n", b"\xff\xfe", b"long-name" * 8]
-    sizes = [0, 1, 4095, 4096, 4097, 9000, 40_000, 300_000, 4096 * 64 + 5]
-
-    def place() -> list[bytes]:
-        return [choose.choice(names) for _ in range(choose.randint(1, 3))]
-
-    size, seed = choose.choice(sizes), choose.randrange(1 << 30)
-    choose.choice(
-        [
-            lambda: machine.write(place(), size, seed),
-            lambda: machine.overwrite(place(), size, seed, choose.choice(sizes)),
-            lambda: machine.truncate(place(), size),
-            lambda: machine.change_keeping_mtime(place(), size),
-            *[lambda: machine.rename(place(), place())] * 4,
-            *[lambda: machine.link(place(), place())] * 2,
-            lambda: machine.remove(place()),
-            lambda: machine.replace(place(), choose.choice(["dir", "dir", "link", "fifo"])),
-            lambda: machine.attributes(place(), choose.choice([0o600, 0o1777]), seed % 9),
-            lambda: machine.xattr(place(), choose.choice([0, 10, 5000]), remove=seed % 3 == 0),
-            lambda: machine.storm(place()),
-        ]
-    )()
 
 
 def hunt_densely(seeds: range) -> None:

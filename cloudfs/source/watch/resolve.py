@@ -169,9 +169,10 @@ def _cannot(part: Part, error: OSError) -> SourceError:
 
 
 def _identity(top: int, below: bytes) -> tuple[int, int] | None:
-    """Device and inode number of the directory that is at a path; None where there is none."""
+    """Device and inode number of the directory that is at a path, also of one that cannot be read;
+    None where there is none."""
     try:
-        fd = open_directory(top, below)
+        fd = open_directory(top, below, os.O_PATH)
     except OSError:
         return None
     try:

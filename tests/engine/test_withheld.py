@@ -1,0 +1,289 @@
+"""Much cannot be read for a while: what can be is backed up as it is, and once all can be read,
+nothing was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import random
+import stat as st
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloudfs.backup import packs
+from cloudfs.backup.job import SyncResult
+from cloudfs.fuse.live.caller import without
+from tests.engine import btrfs, test_btrfs, test_watch
+from tests.engine.rig import difference
+from tests.engine.test_btrfs import OnBtrfs
+from tests.engine.test_external import Snapshotted
+from tests.engine.test_machine import LEFT_OUT, Tree, change_at_random
+from tests.engine.test_watch import OnWatch
+from tests.engine.watched import Watched, settle
+
+CAN_READ_ALL = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+CAPABILITY_VERSION_3 = 0x2008_0522
+MODES = (0, 0, 0o400, 0o100, 0o200)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Withheld(Tree):
+    """The tree of the state machines, of which some cannot be opened while syncs run."""
+
+    def withhold(self, path: bytes, choose: random.Random) -> None:
+        """Let an item be one of these from now on."""
+        raise NotImplementedError
+
+    def give_back(self) -> None:
+        """Let all be readable."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def withheld(self) -> Iterator[None]:
+        """Within, these cannot be opened."""
+        raise NotImplementedError
+        yield
+
+    def withhold_some(self, choose: random.Random) -> None:
+        there = sorted(set(self.model()) - {b"links"})
+        for _ in range(choose.randint(0, 2) if there else 0):
+            self.withhold(os.fsencode(self.rig.tree) + choose.choice(there), choose)
+
+    def sync(self, force: bool) -> None:
+        with self.withheld():
+            result = self.take(force)
+        model = self.model()
+        if result.snapshot is not None:
+            self.models[result.snapshot.number] = self.rig.contents(result.snapshot.number)
+        last = max(self.models)
+        found = dict(self.models[last])
+        hidden = self.hidden(model)
+        if hidden:
+            for rows in (found, model):
+                del rows[b"links"]
+                for path in [path for path in rows if _is_in(path, hidden)]:
+                    del rows[path]
+            assert not difference(found, model), "a change was missed that could be seen"
+            return
+        assert not result.unreadable
+        assert not difference(found, model), "a change was missed"
+        self.check_times(last)
+
+    def hidden(self, model: dict[bytes, object]) -> set[bytes]:
+        """The paths of what cannot be opened now; what is below is in them."""
+        found: set[bytes] = set()
+        with self.withheld():
+            for path in sorted(set(model) - {b"links"}):
+                if not _is_in(path, found) and not _is_readable(self.path([path[1:]])):
+                    found.add(path)
+        return found
+
+    def teardown(self) -> None:
+        self.give_back()
+        super().teardown()
+
+
+class Failing(Withheld):
+    """As if a disk had bad sectors: nothing that a file system tells of begins it or ends it."""
+
+    @property
+    def failing(self) -> set[int]:
+        """The inode numbers."""
+        return self.__dict__.setdefault("_failing", set())
+
+    def withhold(self, path: bytes, choose: random.Random) -> None:
+        self.failing.add(os.lstat(path).st_ino)
+
+    def give_back(self) -> None:
+        self.failing.clear()
+
+    @contextlib.contextmanager
+    def withheld(self) -> Iterator[None]:
+        real, tree = os.open, os.fsencode(self.rig.tree)
+        others = tuple(os.fsencode(self.base / name) for name in ("repository", "machines"))
+
+        def failing(
+            path: bytes, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+        ) -> int:
+            fd = real(path, flags, mode, dir_fd=dir_fd)
+            if os.fstat(fd).st_ino in self.failing and not flags & os.O_PATH:
+                at = os.readlink(b"/proc/self/fd/%d" % fd)
+                # Also in a snapshot of the tree, wherever that is.
+                within = at.startswith(os.fsencode(self.base)) and not at.startswith(others)
+                if within and at != tree:
+                    os.close(fd)
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return fd
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "open", failing)
+            yield
+
+
+class Forbidden(Withheld):
+    """By their modes, to one who is not almighty."""
+
+    def withhold(self, path: bytes, choose: random.Random) -> None:
+        if not os.path.islink(path):
+            os.chmod(path, choose.choice(MODES))
+
+    def give_back(self) -> None:
+        for top, directories, files in os.walk(os.fsencode(self.rig.tree)):
+            for name in directories + files:
+                path = os.path.join(top, name)
+                if not os.path.islink(path):
+                    os.chown(path, 0, 0)
+                    os.chmod(path, 0o755)
+
+    @contextlib.contextmanager
+    def withheld(self) -> Iterator[None]:
+        header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+        full = ctypes.create_string_buffer(24)
+        assert not _libc.capget(header, full)
+        assert not _libc.capset(header, without(full.raw, CAN_READ_ALL))
+        try:
+            yield
+        finally:
+            assert not _libc.capset(header, full.raw)
+
+
+class FailingOnBtrfs(Failing, OnBtrfs):
+    pass
+
+
+class FailingOnWatch(Failing, OnWatch):
+    pass
+
+
+class FailingExternal(Failing, Snapshotted):
+    def take(self, force: bool) -> SyncResult:
+        return self.rig.sync(force=force)  # which may scan
+
+
+class ForbiddenExternal(Forbidden, Snapshotted):
+    take = FailingExternal.take
+
+
+def _is_in(path: bytes, others: set[bytes]) -> bool:
+    """Whether a path is one of these, or below one."""
+    while path:
+        if path in others:
+            return True
+        path = path.rpartition(b"/")[0]
+    return False
+
+
+def _is_readable(path: bytes) -> bool:
+    """Whether an item, or what a directory holds, can be read."""
+    mode = os.lstat(path).st_mode
+    try:
+        if st.S_ISREG(mode) or st.S_ISDIR(mode):
+            os.close(os.open(path, os.O_RDONLY))
+        if st.S_ISDIR(mode):
+            os.lstat(path + b"/.")
+    except OSError:
+        return False
+    return True
+
+
+def hunt(machine: type[Withheld], seeds: range) -> None:
+    """Much happens between two syncs, and during most of them something is withheld."""
+    for seed in seeds:
+        print("seed", seed)
+        choose = random.Random(seed)
+        tree = machine()
+        tree.begin(choose.choice(LEFT_OUT))
+        for _ in range(15):
+            change_at_random(tree, choose)
+        tree.sync(False)
+        for _ in range(10):
+            if choose.random() < 0.3:
+                tree.give_back()
+            tree.withhold_some(choose)
+            for _ in range(choose.randint(0, 8)):
+                change_at_random(tree, choose)
+            tree.sync(False)
+        tree.teardown()
+
+
+@pytest.fixture(autouse=True)
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that frames and packs end in the middle of these small trees too."""
+    monkeypatch.setattr(packs, "FRAME_BYTES", 1000)
+
+
+@pytest.fixture(scope="module")
+def volume() -> Iterator[Path]:
+    with btrfs.volume() as place:
+        yield place
+
+
+@pytest.mark.parametrize("machine", [Failing, Forbidden])
+def test_scan(machine: type[Withheld]) -> None:
+    hunt(machine, range(10))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("machine", [Failing, Forbidden])
+def test_scan_for_long(machine: type[Withheld]) -> None:
+    hunt(machine, range(100, 600))
+
+
+@pytest.mark.parametrize("machine", [FailingExternal, ForbiddenExternal])
+def test_external(machine: type[Withheld]) -> None:
+    hunt(machine, range(3))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("machine", [FailingExternal, ForbiddenExternal])
+def test_external_for_long(machine: type[Withheld]) -> None:
+    hunt(machine, range(100, 250))
+
+
+def test_on_btrfs(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_btrfs.prepare(volume, monkeypatch)
+    hunt(FailingOnBtrfs, range(6))
+
+
+@pytest.mark.long
+def test_on_btrfs_for_long(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_btrfs.prepare(volume, monkeypatch)
+    hunt(FailingOnBtrfs, range(100, 400))
+
+
+def test_on_watch(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_watch.prepare(local_volume, monkeypatch)
+    hunt(FailingOnWatch, range(5))
+
+
+@pytest.mark.long
+def test_on_watch_for_long(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_watch.prepare(local_volume, monkeypatch)
+    hunt(FailingOnWatch, range(100, 300))
+
+
+def test_what_changed_in_a_directory_that_could_not_be_read(watched: Watched) -> None:
+    """It is where it was heard of: its own times are looked at as well."""
+    directory = watched.tree / "directory"
+    directory.mkdir()
+    settle(watched)
+    (directory / "new").write_text("new")
+    with pytest.MonkeyPatch.context() as patch:
+        real = os.open
+
+        def failing(path: bytes, flags: int, *rest: int, dir_fd: int | None = None) -> int:
+            if path == b"directory" and not flags & os.O_PATH:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(path, flags, *rest, dir_fd=dir_fd)
+
+        patch.setattr(os, "open", failing)
+        assert watched.sync().unreadable == [(b"directory", "input/output error")]
+    assert not watched.sync().unreadable
+    assert not watched.notes
+    watched.check()
