@@ -10,16 +10,20 @@ import os
 import random
 import stat as st
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis.stateful import RuleBasedStateMachine
 
 from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
+from cloudfs.fuse import daemon
 from cloudfs.fuse.live.caller import without
-from tests.engine import btrfs, test_btrfs, test_watch
-from tests.engine.rig import difference
+from tests.engine import btrfs, forked, test_btrfs, test_watch
+from tests.engine.living import Living
+from tests.engine.rig import contents_of_tree, difference
 from tests.engine.test_btrfs import OnBtrfs
 from tests.engine.test_external import Snapshotted
 from tests.engine.test_machine import LEFT_OUT, Tree, change_at_random
@@ -28,6 +32,7 @@ from tests.engine.watched import Watched, settle
 
 CAN_READ_ALL = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 CAPABILITY_VERSION_3 = 0x2008_0522
+INODE_BITS = (1 << 48) - 1  # what is frozen has others above
 MODES = (0, 0, 0o400, 0o100, 0o200)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -112,7 +117,7 @@ class Failing(Withheld):
             path: bytes, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
         ) -> int:
             fd = real(path, flags, mode, dir_fd=dir_fd)
-            if os.fstat(fd).st_ino in self.failing and not flags & os.O_PATH:
+            if os.fstat(fd).st_ino & INODE_BITS in self.failing and not flags & os.O_PATH:
                 at = os.readlink(b"/proc/self/fd/%d" % fd)
                 # Also in a snapshot of the tree, wherever that is.
                 within = at.startswith(os.fsencode(self.base)) and not at.startswith(others)
@@ -159,6 +164,23 @@ class FailingOnBtrfs(Failing, OnBtrfs):
 
 class FailingOnWatch(Failing, OnWatch):
     pass
+
+
+class FailingOnLive(Failing):
+    def __init__(self) -> None:
+        RuleBasedStateMachine.__init__(self)
+        self.base = Path(tempfile.mkdtemp(prefix="cloudfs-withheld-", dir="/dev/shm"))
+        self.rig = self.living = Living(self.base, max_pack_bytes=5000)
+        self.living.mount()
+        self.models = {}
+
+    def model(self) -> dict[bytes, object]:
+        self.living.flush()
+        return contents_of_tree(self.living.beneath, self.left_out)
+
+    def remove_all(self) -> None:
+        self.living.close()
+        super().remove_all()
 
 
 class FailingExternal(Failing, Snapshotted):
@@ -266,6 +288,17 @@ def test_on_watch(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_watch_for_long(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_watch.prepare(local_volume, monkeypatch)
     hunt(FailingOnWatch, range(100, 300))
+
+
+def test_on_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_spawn", forked.live)
+    hunt(FailingOnLive, range(4))
+
+
+@pytest.mark.long
+def test_on_live_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_spawn", forked.live)
+    hunt(FailingOnLive, range(100, 300))
 
 
 def test_what_changed_in_a_directory_that_could_not_be_read(watched: Watched) -> None:
