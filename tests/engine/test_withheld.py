@@ -248,7 +248,7 @@ def volume() -> Iterator[Path]:
 
 @pytest.mark.parametrize("machine", [Failing, Forbidden])
 def test_scan(machine: type[Withheld]) -> None:
-    hunt(machine, range(10))
+    hunt(machine, range(6))
 
 
 @pytest.mark.long
@@ -259,7 +259,7 @@ def test_scan_for_long(machine: type[Withheld]) -> None:
 
 @pytest.mark.parametrize("machine", [FailingExternal, ForbiddenExternal])
 def test_external(machine: type[Withheld]) -> None:
-    hunt(machine, range(3))
+    hunt(machine, range(1))
 
 
 @pytest.mark.long
@@ -270,7 +270,7 @@ def test_external_for_long(machine: type[Withheld]) -> None:
 
 def test_on_btrfs(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_btrfs.prepare(volume, monkeypatch)
-    hunt(FailingOnBtrfs, range(6))
+    hunt(FailingOnBtrfs, range(3))
 
 
 @pytest.mark.long
@@ -281,7 +281,7 @@ def test_on_btrfs_for_long(volume: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_on_watch(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_watch.prepare(local_volume, monkeypatch)
-    hunt(FailingOnWatch, range(5))
+    hunt(FailingOnWatch, range(3))
 
 
 @pytest.mark.long
@@ -292,7 +292,7 @@ def test_on_watch_for_long(local_volume: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_on_live(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_spawn", forked.live)
-    hunt(FailingOnLive, range(4))
+    hunt(FailingOnLive, range(2))
 
 
 @pytest.mark.long
