@@ -146,14 +146,15 @@ def mount_of(fd: int) -> int:
 def open_directory(root_fd: int, path: bytes, flags: int = 0) -> int:
     """Open a directory below an open one; ``path`` may be longer than the kernel takes at once.
 
-    ``path`` has no leading slash; b"" is the root itself. Raises OSError.
+    ``path`` has no leading slash; b"" is the root itself. Of what is above it, nothing need be
+    readable; with O_PATH among ``flags``, nor need the directory. Raises OSError.
     """
     fd = root_fd
     rest = path or b"."
     try:
         while len(rest) > PATH_STEP:
             cut = rest.rindex(b"/", 0, PATH_STEP)
-            deeper = os.open(rest[:cut], DIRECTORY_FLAGS, dir_fd=fd)
+            deeper = os.open(rest[:cut], DIRECTORY_FLAGS | os.O_PATH, dir_fd=fd)
             if fd != root_fd:
                 os.close(fd)
             fd, rest = deeper, rest[cut + 1 :]

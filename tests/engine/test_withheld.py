@@ -21,6 +21,7 @@ from cloudfs.backup import packs
 from cloudfs.backup.job import SyncResult
 from cloudfs.fuse import daemon
 from cloudfs.fuse.live.caller import without
+from cloudfs.source import inode
 from tests.engine import btrfs, forked, test_btrfs, test_watch
 from tests.engine.living import Living
 from tests.engine.rig import contents_of_tree, difference
@@ -38,30 +39,87 @@ MODES = (0, 0, 0o400, 0o100, 0o200)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Withheld(Tree):
-    """The tree of the state machines, of which some cannot be opened while syncs run."""
+class Failing:
+    """As if a disk had bad sectors: nothing that a file system tells of begins it or ends it."""
+
+    def __init__(self, base: Path, tree: bytes) -> None:
+        self.base, self.tree = os.fsencode(base), tree
+        self.inodes: set[int] = set()
 
     def withhold(self, path: bytes, choose: random.Random) -> None:
-        """Let an item be one of these from now on."""
-        raise NotImplementedError
+        self.inodes.add(os.lstat(path).st_ino)
 
     def give_back(self) -> None:
-        """Let all be readable."""
-        raise NotImplementedError
+        self.inodes.clear()
 
     @contextlib.contextmanager
     def withheld(self) -> Iterator[None]:
-        """Within, these cannot be opened."""
-        raise NotImplementedError
-        yield
+        real = os.open
+        others = tuple(self.base + name for name in (b"/repository", b"/machines"))
+
+        def failing(
+            path: bytes, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+        ) -> int:
+            fd = real(path, flags, mode, dir_fd=dir_fd)
+            if os.fstat(fd).st_ino & INODE_BITS in self.inodes and not flags & os.O_PATH:
+                at = os.readlink(b"/proc/self/fd/%d" % fd)
+                # Also in a snapshot of the tree, wherever that is.
+                if at.startswith(self.base) and not at.startswith(others) and at != self.tree:
+                    os.close(fd)
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return fd
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "open", failing)
+            yield
+
+
+class Forbidden:
+    """By their modes, to one who is not almighty."""
+
+    def __init__(self, base: Path, tree: bytes) -> None:
+        self.tree = tree
+
+    def withhold(self, path: bytes, choose: random.Random) -> None:
+        if not os.path.islink(path):
+            os.chmod(path, choose.choice(MODES))
+
+    def give_back(self) -> None:
+        for top, directories, files in os.walk(self.tree):
+            for name in directories + files:
+                path = os.path.join(top, name)
+                if not os.path.islink(path):
+                    os.chown(path, 0, 0)
+                    os.chmod(path, 0o755)
+
+    @contextlib.contextmanager
+    def withheld(self) -> Iterator[None]:
+        header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+        full = ctypes.create_string_buffer(24)
+        assert not _libc.capget(header, full)
+        assert not _libc.capset(header, without(full.raw, CAN_READ_ALL))
+        try:
+            yield
+        finally:
+            assert not _libc.capset(header, full.raw)
+
+
+How = type[Failing] | type[Forbidden]
+"""How some of a tree is withheld."""
+
+
+class Withheld(Tree):
+    """The tree of the state machines, of which some cannot be opened while syncs run."""
+
+    how: Failing | Forbidden
 
     def withhold_some(self, choose: random.Random) -> None:
         there = sorted(set(self.model()) - {b"links"})
         for _ in range(choose.randint(0, 2) if there else 0):
-            self.withhold(os.fsencode(self.rig.tree) + choose.choice(there), choose)
+            self.how.withhold(self.path([choose.choice(there)[1:]]), choose)
 
     def sync(self, force: bool) -> None:
-        with self.withheld():
+        with self.how.withheld():
             result = self.take(force)
         model = self.model()
         if result.snapshot is not None:
@@ -83,90 +141,31 @@ class Withheld(Tree):
     def hidden(self, model: dict[bytes, object]) -> set[bytes]:
         """The paths of what cannot be opened now; what is below is in them."""
         found: set[bytes] = set()
-        with self.withheld():
+        with self.how.withheld():
             for path in sorted(set(model) - {b"links"}):
                 if not _is_in(path, found) and not _is_readable(self.path([path[1:]])):
                     found.add(path)
         return found
 
     def teardown(self) -> None:
-        self.give_back()
+        self.how.give_back()
         super().teardown()
 
 
-class Failing(Withheld):
-    """As if a disk had bad sectors: nothing that a file system tells of begins it or ends it."""
-
-    @property
-    def failing(self) -> set[int]:
-        """The inode numbers."""
-        return self.__dict__.setdefault("_failing", set())
-
-    def withhold(self, path: bytes, choose: random.Random) -> None:
-        self.failing.add(os.lstat(path).st_ino)
-
-    def give_back(self) -> None:
-        self.failing.clear()
-
-    @contextlib.contextmanager
-    def withheld(self) -> Iterator[None]:
-        real, tree = os.open, os.fsencode(self.rig.tree)
-        others = tuple(os.fsencode(self.base / name) for name in ("repository", "machines"))
-
-        def failing(
-            path: bytes, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
-        ) -> int:
-            fd = real(path, flags, mode, dir_fd=dir_fd)
-            if os.fstat(fd).st_ino & INODE_BITS in self.failing and not flags & os.O_PATH:
-                at = os.readlink(b"/proc/self/fd/%d" % fd)
-                # Also in a snapshot of the tree, wherever that is.
-                within = at.startswith(os.fsencode(self.base)) and not at.startswith(others)
-                if within and at != tree:
-                    os.close(fd)
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return fd
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "open", failing)
-            yield
-
-
-class Forbidden(Withheld):
-    """By their modes, to one who is not almighty."""
-
-    def withhold(self, path: bytes, choose: random.Random) -> None:
-        if not os.path.islink(path):
-            os.chmod(path, choose.choice(MODES))
-
-    def give_back(self) -> None:
-        for top, directories, files in os.walk(os.fsencode(self.rig.tree)):
-            for name in directories + files:
-                path = os.path.join(top, name)
-                if not os.path.islink(path):
-                    os.chown(path, 0, 0)
-                    os.chmod(path, 0o755)
-
-    @contextlib.contextmanager
-    def withheld(self) -> Iterator[None]:
-        header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
-        full = ctypes.create_string_buffer(24)
-        assert not _libc.capget(header, full)
-        assert not _libc.capset(header, without(full.raw, CAN_READ_ALL))
-        try:
-            yield
-        finally:
-            assert not _libc.capset(header, full.raw)
-
-
-class FailingOnBtrfs(Failing, OnBtrfs):
+class WithheldOnBtrfs(Withheld, OnBtrfs):
     pass
 
 
-class FailingOnWatch(Failing, OnWatch):
+class WithheldOnWatch(Withheld, OnWatch):
     pass
 
 
-class FailingOnLive(Failing):
+class WithheldExternal(Withheld, Snapshotted):
+    def take(self, force: bool) -> SyncResult:
+        return self.rig.sync(force=force)  # which may scan
+
+
+class WithheldOnLive(Withheld):
     def __init__(self) -> None:
         RuleBasedStateMachine.__init__(self)
         self.base = Path(tempfile.mkdtemp(prefix="cloudfs-withheld-", dir="/dev/shm"))
@@ -181,15 +180,6 @@ class FailingOnLive(Failing):
     def remove_all(self) -> None:
         self.living.close()
         super().remove_all()
-
-
-class FailingExternal(Failing, Snapshotted):
-    def take(self, force: bool) -> SyncResult:
-        return self.rig.sync(force=force)  # which may scan
-
-
-class ForbiddenExternal(Forbidden, Snapshotted):
-    take = FailingExternal.take
 
 
 def _is_in(path: bytes, others: set[bytes]) -> bool:
@@ -214,19 +204,20 @@ def _is_readable(path: bytes) -> bool:
     return True
 
 
-def hunt(machine: type[Withheld], seeds: range) -> None:
+def hunt(machine: type[Withheld], seeds: range, how: How = Failing) -> None:
     """Much happens between two syncs, and during most of them something is withheld."""
     for seed in seeds:
         print("seed", seed)
         choose = random.Random(seed)
         tree = machine()
+        tree.how = how(tree.base, tree.path([])[:-1])
         tree.begin(choose.choice(LEFT_OUT))
         for _ in range(15):
             change_at_random(tree, choose)
         tree.sync(False)
         for _ in range(10):
             if choose.random() < 0.3:
-                tree.give_back()
+                tree.how.give_back()
             tree.withhold_some(choose)
             for _ in range(choose.randint(0, 8)):
                 change_at_random(tree, choose)
@@ -246,63 +237,65 @@ def volume() -> Iterator[Path]:
         yield place
 
 
-@pytest.mark.parametrize("machine", [Failing, Forbidden])
-def test_scan(machine: type[Withheld]) -> None:
-    hunt(machine, range(6))
+@pytest.mark.parametrize("how", [Failing, Forbidden])
+def test_scan(how: How) -> None:
+    hunt(Withheld, range(6), how)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("machine", [Failing, Forbidden])
-def test_scan_for_long(machine: type[Withheld]) -> None:
-    hunt(machine, range(100, 600))
+@pytest.mark.parametrize("how", [Failing, Forbidden])
+def test_scan_for_long(how: How) -> None:
+    hunt(Withheld, range(100, 600), how)
 
 
-@pytest.mark.parametrize("machine", [FailingExternal, ForbiddenExternal])
-def test_external(machine: type[Withheld]) -> None:
-    hunt(machine, range(1))
+@pytest.mark.parametrize("how", [Failing, Forbidden])
+def test_external(how: How) -> None:
+    hunt(WithheldExternal, range(1), how)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("machine", [FailingExternal, ForbiddenExternal])
-def test_external_for_long(machine: type[Withheld]) -> None:
-    hunt(machine, range(100, 250))
+@pytest.mark.parametrize("how", [Failing, Forbidden])
+def test_external_for_long(how: How) -> None:
+    hunt(WithheldExternal, range(100, 250), how)
 
 
 def test_on_btrfs(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_btrfs.prepare(volume, monkeypatch)
-    hunt(FailingOnBtrfs, range(3))
+    hunt(WithheldOnBtrfs, range(3))
 
 
 @pytest.mark.long
 def test_on_btrfs_for_long(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_btrfs.prepare(volume, monkeypatch)
-    hunt(FailingOnBtrfs, range(100, 400))
+    hunt(WithheldOnBtrfs, range(100, 400))
 
 
 def test_on_watch(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_watch.prepare(local_volume, monkeypatch)
-    hunt(FailingOnWatch, range(3))
+    hunt(WithheldOnWatch, range(3))
 
 
 @pytest.mark.long
 def test_on_watch_for_long(local_volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_watch.prepare(local_volume, monkeypatch)
-    hunt(FailingOnWatch, range(100, 300))
+    hunt(WithheldOnWatch, range(100, 300))
 
 
 def test_on_live(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_spawn", forked.live)
-    hunt(FailingOnLive, range(2))
+    hunt(WithheldOnLive, range(2))
 
 
 @pytest.mark.long
 def test_on_live_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_spawn", forked.live)
-    hunt(FailingOnLive, range(100, 300))
+    hunt(WithheldOnLive, range(100, 300))
 
 
-def test_what_changed_in_a_directory_that_could_not_be_read(watched: Watched) -> None:
-    """It is where it was heard of: its own times are looked at as well."""
+@pytest.mark.parametrize("passed", [os.O_PATH, 0])
+def test_what_changed_in_a_directory_that_could_not_be_read(watched: Watched, passed: int) -> None:
+    """It is where it was heard of: its own times are looked at as well. Where its name cannot even
+    be looked up, that is not known, and the tree is scanned."""
     directory = watched.tree / "directory"
     directory.mkdir()
     settle(watched)
@@ -311,12 +304,29 @@ def test_what_changed_in_a_directory_that_could_not_be_read(watched: Watched) ->
         real = os.open
 
         def failing(path: bytes, flags: int, *rest: int, dir_fd: int | None = None) -> int:
-            if path == b"directory" and not flags & os.O_PATH:
+            if path == b"directory" and not flags & passed:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return real(path, flags, *rest, dir_fd=dir_fd)
 
         patch.setattr(os, "open", failing)
         assert watched.sync().unreadable == [(b"directory", "input/output error")]
+        assert ["input/output error" in note for note in watched.notes] == [True] * (not passed)
     assert not watched.sync().unreadable
     assert not watched.notes
     watched.check()
+
+
+def test_a_directory_below_others_that_cannot_be_read(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need only be searched, also where the path is so long that it takes several steps."""
+    monkeypatch.setattr(inode, "PATH_STEP", 12)
+    (base / "above/below/deep").mkdir(parents=True)
+    for name in ("above", "above/below"):
+        (base / name).chmod(0o100)
+    top = os.open(base, os.O_PATH)
+    with Forbidden(base, os.fsencode(base)).withheld():
+        found = inode.open_directory(top, b"above/below/deep")
+    assert os.path.samestat(os.fstat(found), os.stat(base / "above/below/deep"))
+    os.close(found)
+    os.close(top)

@@ -18,6 +18,8 @@ from cloudfs.source.watch.places import Place as Part
 from cloudfs.source.whereabouts import path_below
 
 TRIES = 5
+DISK_FAILS = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+"""By the last two, file systems tell of what is damaged."""
 
 
 class _Found(NamedTuple):
@@ -170,13 +172,15 @@ def _cannot(part: Part, error: OSError) -> SourceError:
 
 def _identity(top: int, below: bytes) -> tuple[int, int] | None:
     """Device and inode number of the directory that is at a path, also of one that cannot be read;
-    None where there is none."""
+    None where there is none. Raises OSError where a disk fails, so that this is not known."""
     try:
         fd = open_directory(top, below, os.O_PATH)
-    except OSError:
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:  # also of a server, if what is mounted there has one
+        if error.errno in DISK_FAILS:
+            raise
         return None
-    try:
-        status = os.fstat(fd)
-        return status.st_dev, status.st_ino
-    finally:
-        os.close(fd)
+    return status.st_dev, status.st_ino
